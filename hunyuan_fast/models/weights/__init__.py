@@ -1,0 +1,7 @@
+"""Reading and writing of weights: the layouts on disk, their names, and their errors."""
+
+from hunyuan_fast.models.weights.errors import CheckpointError
+from hunyuan_fast.models.weights.pretrained import Pretrained
+from hunyuan_fast.models.weights.rule import Rule
+
+__all__ = ["CheckpointError", "Pretrained", "Rule"]
