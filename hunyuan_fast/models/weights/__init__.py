@@ -1,7 +1,8 @@
 """Reading and writing of weights: the layouts on disk, their names, and their errors."""
 
 from hunyuan_fast.models.weights.errors import CheckpointError
+from hunyuan_fast.models.weights.layout import PipelineFiles, describe
 from hunyuan_fast.models.weights.pretrained import Pretrained
 from hunyuan_fast.models.weights.rule import Rule
 
-__all__ = ["CheckpointError", "Pretrained", "Rule"]
+__all__ = ["CheckpointError", "PipelineFiles", "Pretrained", "Rule", "describe"]
