@@ -1,0 +1,209 @@
+"""Which implementation answers a call.
+
+A room ``kernels/<op>/`` holds its implementations as modules, each with ``forward``, ``backward``,
+``supports(...)`` (``None`` for yes, or the reason why not) and ``VERIFIED_ON`` (the architectures
+where a committed result shows that it is right and faster than the next one). The first that
+objects to nothing answers. ``HUNYUAN_FAST_IMPL=triton_impl`` or ``with use("triton_impl"):`` names
+one, verified or not: it answers, or the call fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+# In order of preference; library_impl stands for the kernels that torch itself brings.
+IMPLEMENTATIONS = ("cuda_impl", "triton_impl", "cpu_impl", "library_impl", "reference")
+
+# One for the process and no context variable: autograd runs backward in threads of its own, which
+# would not see the caller's context. The key is the op, or None for every op.
+_named: dict[str | None, str] = {}
+if os.environ.get("HUNYUAN_FAST_IMPL"):
+    _named[None] = os.environ["HUNYUAN_FAST_IMPL"]
+
+_log = logging.getLogger("hunyuan_fast")
+
+
+@contextmanager
+def use(name: str, op: str | None = None) -> Iterator[None]:
+    """Name the implementation that must answer, for one op or for every op that has it.
+
+    It holds for the whole process until the block ends. Raises ValueError for an unknown name;
+    a call that the named implementation cannot answer raises RuntimeError with its reason.
+    """
+    _check_name(name)
+    if op is not None and name not in _candidates(op):
+        raise ValueError(f"op {op!r} has no {name!r}; it has {', '.join(_candidates(op))}")
+    before = _named.copy()
+    _named[op] = name
+    try:
+        yield
+    finally:
+        _named.clear()
+        _named.update(before)
+
+
+def select(op: str, *args: object) -> ModuleType:
+    """The implementation of ``op`` that answers this call. ``args`` are those of its ``forward``."""
+    named = _named.get(op) or _named.get(None)
+    if named is not None:
+        return _select_named(op, named, args)
+    arch = _arch(args)
+    for impl, verified_on in _verified(op):
+        if (arch in verified_on or "*" in verified_on) and impl.supports(*args) is None:
+            return impl
+    raise RuntimeError(f"no implementation of {op} answers this call: {explain(op, *args)}")
+
+
+def explain(op: str, *args: object) -> dict[str, str | None]:
+    """Why each implementation of ``op`` would not answer this call by itself; None if it would."""
+    arch = _arch(args)
+    reasons = dict(_candidates(op))
+    for name, impl in implementations(op).items():
+        reasons[name] = impl.supports(*args)
+        if reasons[name] is None and not {arch, "*"} & impl.VERIFIED_ON:
+            reasons[name] = f"unverified on {arch}: no committed result"
+    return reasons
+
+
+@cache
+def implementations(op: str) -> dict[str, ModuleType]:
+    """The implementations of ``op`` that can be loaded here, best first. Raises ValueError."""
+    usable = [name for name, missing in _candidates(op).items() if missing is None]
+    return {name: import_module(f"hunyuan_fast.kernels.{op}.{name}") for name in usable}
+
+
+@cache
+def ops() -> tuple[str, ...]:
+    """The names of all ops, in alphabetical order."""
+    rooms = pkgutil.iter_modules(import_module("hunyuan_fast.kernels").__path__)
+    return tuple(sorted(room.name for room in rooms if room.ispkg and room.name != "common"))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Who answers each op on each device. ``reasons[op, arch]`` is what ``explain`` says."""
+
+    reasons: dict[tuple[str, str], dict[str, str | None]]
+
+    def answering(self, op: str, arch: str) -> str:
+        """The name of the implementation that answers ``op`` on ``arch``."""
+        return next(name for name, why in self.reasons[op, arch].items() if why is None)
+
+    def __str__(self) -> str:
+        lines = [f"{'op':<24}{'on':<8}{'answers':<14}faster ones do not because"]
+        for (op, arch), reasons in self.reasons.items():
+            answer = self.answering(op, arch)
+            head = f"{op:<24}{arch:<8}{answer:<14}"
+            for name, why in reasons.items():
+                if name == answer:
+                    break
+                lines.append(f"{head}{name}: {why}")
+                head = " " * len(head)
+            if head.strip():
+                lines.append(head.rstrip())
+        return "\n".join(lines)
+
+
+def report() -> Report:
+    """Who answers each op here for a typical call, on the CPU and on each kind of GPU present."""
+    devices = {"cpu": torch.device("cpu")}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            devices.setdefault(_cuda_arch(index), torch.device("cuda", index))
+    reasons = {}
+    for op in ops():
+        example = import_module(f"hunyuan_fast.kernels.{op}.reference").example
+        for arch, device in devices.items():
+            reasons[op, arch] = explain(op, *example(device))
+    return Report(reasons)
+
+
+def _select_named(op: str, named: str, args: tuple[object, ...]) -> ModuleType:
+    _check_name(named)
+    candidates = _candidates(op)
+    if named not in candidates:  # named for every op, and this room never had it
+        rest = [impl for impl, _ in _verified(op) if impl.supports(*args) is None]
+        return rest[0] if rest else implementations(op)["reference"]
+    reason = candidates[named]
+    if reason is None:
+        impl = implementations(op)[named]
+        reason = impl.supports(*args)
+        if reason is None:
+            return impl
+    raise RuntimeError(f"{named} was asked for by name and cannot answer {op}: {reason}")
+
+
+def _check_name(name: str) -> None:
+    if name not in IMPLEMENTATIONS:
+        choice = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation must be one of {choice}, got {name!r}")
+
+
+@cache
+def _verified(op: str) -> tuple[tuple[ModuleType, frozenset[str]], ...]:
+    if missing := _native_missing():
+        _log.warning("%s: ops run on the other implementations, which may be slower", missing)
+    return tuple((impl, impl.VERIFIED_ON) for impl in implementations(op).values())
+
+
+@cache
+def _candidates(op: str) -> dict[str, str | None]:
+    """The implementations whose file is in the room, and what each lacks to be loaded."""
+    room = f"hunyuan_fast.kernels.{op}"
+    if op not in ops():
+        raise ValueError(f"op must be one of {', '.join(ops())}, got {op!r}")
+    return {name: _missing(name) for name in IMPLEMENTATIONS if find_spec(f"{room}.{name}")}
+
+
+def _missing(name: str) -> str | None:
+    if name == "triton_impl" and find_spec("triton") is None:
+        return "triton is not installed"
+    if name == "triton_impl" and not _triton_runs():
+        return "Triton finds no GPU, and its interpreter (TRITON_INTERPRET=1) is off"
+    if name in ("cuda_impl", "cpu_impl") and (missing := _native_missing()):
+        return missing
+    if name == "cuda_impl" and not import_module("hunyuan_fast._C").has_cuda:
+        return "hunyuan_fast._C was built without CUDA: no nvcc was found"
+    return None
+
+
+def _triton_runs() -> bool:
+    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _native_missing() -> str | None:
+    try:
+        import_module("hunyuan_fast._C")
+    except ImportError as error:
+        if find_spec("hunyuan_fast._C") is None:
+            return "hunyuan_fast._C is not built (install again with a C++17 compiler)"
+        return f"hunyuan_fast._C does not load ({error})"
+    return None
+
+
+def _arch(args: tuple[object, ...]) -> str:
+    """The architecture of the first tensor: ``cpu``, ``sm_90``, ..."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            device = arg.device
+            return _cuda_arch(device.index) if device.type == "cuda" else device.type
+    raise TypeError("a call must have at least one tensor")
+
+
+@cache
+def _cuda_arch(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"

@@ -1,0 +1,1 @@
+"""Helpers that two rooms or more share."""
