@@ -1,0 +1,228 @@
+"""Joint video and text attention.
+
+Formula and contract: ``hunyuan_fast.kernels.rope3d_attention``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from hunyuan_fast.dispatch import select
+from hunyuan_fast.kernels.rope3d_attention import reference
+
+_ROOM = "rope3d_attention"
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_len: Tensor | None = None,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Non-causal attention of every sample over its own valid prefix.
+
+    q, k, v: (B, L, N, D), one floating-point dtype, any strides.
+    kv_len: (B,) int32 or int64, the number of valid tokens of each sample, 0 to L; ``None``: all.
+        Tokens past it take no part: their outputs and gradients are zero, and what they hold, NaN
+        included, has no effect.
+    scale: factor of the scores, 1/sqrt(D) when ``None``.
+    out: (B, L, N, D) to write into, of any strides (a view beside other results, say), sharing
+        no memory with q, k or v; inference only.
+    return_lse: also return the natural log-sum-exp of the scaled scores, (B, N, L) fp32 (fp64 for
+        fp64 inputs), -inf past ``kv_len``. It carries no gradient.
+
+    Returns (B, L, N, D), or that and the log-sum-exp.
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and ValueError for
+    lengths outside [0, L] (lengths on a GPU are not looked at: the host would have to wait).
+    """
+    _check_tensors(q, k, v)
+    if kv_len is not None:
+        _check_kv_len(kv_len, q)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if out is None:
+        out, lse = _attention(q, k, v, kv_len, scale)
+    else:
+        _check_out(out, q, k, v)
+        lse = _attention_out(q, k, v, kv_len, scale, out)
+    return (out, lse) if return_lse else out
+
+
+def apply_rope3d(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the video tokens, the first ``len(cos)`` ones, of x by their three-axis positions.
+
+    x: (B, L, N, D); cos, sin: (num_video_tokens, D), each angle repeated for features 2i, 2i + 1.
+    Computed in fp32 and rounded once; text tokens are returned as they are. Differentiable in x.
+    Technical report, section 4.2. Raises ValueError when the shapes do not fit.
+    """
+    _check_tables(x, cos, sin)
+    return reference.apply_rope3d(x, cos, sin)
+
+
+def rope3d_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    num_video_tokens: int,
+    kv_len: Tensor | None = None,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Rotate the video tokens of q and k, then :func:`attention` over video and text together.
+
+    q, k, v: (B, L, N, D), video tokens first; cos, sin: (num_video_tokens, D), as in
+    :func:`apply_rope3d`; the rest as in :func:`attention`.
+    """
+    if cos.shape[0] != num_video_tokens:
+        raise ValueError(
+            f"cos must have one row per video token, num_video_tokens is {num_video_tokens}, "
+            f"got shape {tuple(cos.shape)}"
+        )
+    q, k = (apply_rope3d(x, cos, sin) for x in (q, k))
+    return attention(q, k, v, kv_len=kv_len, scale=scale, out=out, return_lse=return_lse)
+
+
+@custom_op("hunyuan_fast::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    _check_lengths(kv_len, q.shape[1])
+    return select(_ROOM, q, k, v, kv_len, scale).forward(q, k, v, kv_len, scale)
+
+
+@custom_op("hunyuan_fast::attention_out", mutates_args=("out",))
+def _attention_out(
+    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor
+) -> Tensor:
+    _check_lengths(kv_len, q.shape[1])
+    _, lse = select(_ROOM, q, k, v, kv_len, scale, out).forward(q, k, v, kv_len, scale, out)
+    return lse
+
+
+@custom_op("hunyuan_fast::attention_bwd", mutates_args=())
+def _attention_bwd(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    implementation = select(_ROOM, q, k, v, kv_len, scale)
+    return implementation.backward(dout, out, lse, q, k, v, kv_len, scale)
+
+
+@_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), _new_lse(q)
+
+
+@_attention_out.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor) -> Tensor:
+    return _new_lse(q)
+
+
+@_attention_bwd.register_fake
+def _(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _new_lse(q: Tensor) -> Tensor:
+    batch, length, num_heads, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((batch, num_heads, length), dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, kv_len, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(out, lse, q, k, v, kv_len)
+
+
+def _gradients(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return None, None, None, None, None
+    return *_attention_bwd(dout, *ctx.saved_tensors, ctx.scale), None, None
+
+
+_attention.register_autograd(_gradients, setup_context=_save)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q must be (B, L, N, D), got shape {tuple(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape:
+            raise ValueError(
+                f"{name} must have the shape of q, {tuple(q.shape)}, got {tuple(x.shape)}"
+            )
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}; cast it")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+    if not q.is_floating_point():
+        raise TypeError(f"q must hold floating-point numbers, got {q.dtype}")
+    if q.shape[-1] == 0:
+        raise ValueError(f"the head dimension D must be at least 1, got shape {tuple(q.shape)}")
+
+
+def _check_kv_len(kv_len: Tensor, q: Tensor) -> None:
+    if kv_len.shape != q.shape[:1]:
+        raise ValueError(f"kv_len must be (B,) = ({q.shape[0]},), got shape {tuple(kv_len.shape)}")
+    if kv_len.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"kv_len must be int32 or int64, got {kv_len.dtype}")
+    if kv_len.device != q.device:
+        raise ValueError(f"kv_len must be on the device of q, {q.device}, got {kv_len.device}")
+
+
+def _check_lengths(kv_len: Tensor | None, length: int) -> None:
+    if kv_len is None or kv_len.device.type != "cpu":
+        return
+    lengths = kv_len.tolist()
+    if not all(0 <= n <= length for n in lengths):
+        raise ValueError(f"kv_len must lie in [0, L] = [0, {length}], got {lengths}")
+
+
+def _check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    if out.shape != q.shape:
+        raise ValueError(f"out must have the shape of q, {tuple(q.shape)}, got {tuple(out.shape)}")
+    if out.dtype != q.dtype:
+        raise TypeError(f"out must have the dtype of q, {q.dtype}, got {out.dtype}")
+    if out.device != q.device:
+        raise ValueError(f"out must be on the device of q, {q.device}, got {out.device}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, out)):
+        raise ValueError(
+            "out is for inference: autograd cannot follow a write into it; "
+            "leave it out, or use torch.no_grad()"
+        )
+
+
+def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    if x.dim() != 4 or x.shape[-1] % 2:
+        raise ValueError(f"x must be (B, L, N, D) with D even, got shape {tuple(x.shape)}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dim() != 2 or table.shape[1] != x.shape[-1] or table.shape[0] > x.shape[1]:
+            raise ValueError(
+                f"{name} must be (num_video_tokens, D) with at most {x.shape[1]} rows "
+                f"and D = {x.shape[-1]}, got {tuple(table.shape)}"
+            )
+    if cos.shape != sin.shape:
+        raise ValueError(
+            f"cos and sin must have one shape, got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )

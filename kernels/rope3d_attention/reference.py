@@ -1,0 +1,123 @@
+"""Attention over each sample's valid prefix, forward and backward, in plain PyTorch.
+
+Scores exist for ``QUERY_BLOCK`` queries at a time, so memory grows with L and not with its square.
+Nothing here asks the device for a value: prefixes are handled by comparing positions.
+"""
+
+import torch
+from torch import Tensor
+
+VERIFIED_ON = frozenset({"*"})
+QUERY_BLOCK = 512
+
+
+def example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, None, float]:
+    """Arguments of a typical call."""
+    q, k, v = (torch.zeros(1, 64, 2, 128, dtype=torch.bfloat16, device=device) for _ in range(3))
+    return q, k, v, None, 128**-0.5
+
+
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+) -> str | None:
+    """``None``: the reference answers every call that the op accepts."""
+    return None
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L)."""
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    valid = _valid_rows(q, kv_len)
+    query, key, value = (_heads_first(x, valid) for x in (q, k, v))
+    lse = torch.empty(query.shape[:-1], dtype=query.dtype, device=q.device)
+
+    for rows in _blocks(q.shape[1]):
+        scores = _scores(query[:, :, rows], key, valid, rows, scale)
+        lse[:, :, rows] = scores.logsumexp(-1)
+        probabilities = _probabilities(scores, lse[:, :, rows])
+        out[:, rows] = (probabilities @ value).transpose(1, 2).to(out.dtype)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, each (B, L, N, D); the probabilities are computed anew from ``lse``."""
+    valid = _valid_rows(q, kv_len)
+    query, key, value, dout, out = (_heads_first(x, valid) for x in (q, k, v, dout, out))
+    delta = (dout * out).sum(-1, keepdim=True)
+    dquery, dkey, dvalue = (torch.zeros_like(x) for x in (query, key, value))
+
+    for rows in _blocks(q.shape[1]):
+        scores = _scores(query[:, :, rows], key, valid, rows, scale)
+        probabilities = _probabilities(scores, lse[:, :, rows])
+        dscores = probabilities * (dout[:, :, rows] @ value.mT - delta[:, :, rows])
+        dquery[:, :, rows] = scale * (dscores @ key)
+        dkey += scale * (dscores.mT @ query[:, :, rows])
+        dvalue += probabilities.mT @ dout[:, :, rows]
+    dq, dk, dv = (x.transpose(1, 2).to(q.dtype).contiguous() for x in (dquery, dkey, dvalue))
+    return dq, dk, dv
+
+
+def apply_rope3d(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the feature pairs of the first ``len(cos)`` tokens of x (B, L, N, D), copy the others.
+
+    cos, sin: (num_video_tokens, D), of which the even features are read: a pair shares one angle.
+    """
+    num_video_tokens = cos.shape[0]
+    cos, sin = (table[:, None, 0::2].to(_accumulate(x.dtype)) for table in (cos, sin))
+    even, odd = x[:, :num_video_tokens].to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    rotated = rotated.to(x.dtype)
+    if num_video_tokens == x.shape[1]:
+        return rotated
+    return torch.cat((rotated, x[:, num_video_tokens:]), dim=1)
+
+
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _blocks(length: int) -> list[slice]:
+    return [slice(start, start + QUERY_BLOCK) for start in range(0, length, QUERY_BLOCK)]
+
+
+def _valid_rows(q: Tensor, kv_len: Tensor | None) -> Tensor | None:
+    """Which tokens take part: (B, L), or ``None`` when all do."""
+    if kv_len is None:
+        return None
+    return torch.arange(q.shape[1], device=q.device) < kv_len[:, None]
+
+
+def _heads_first(x: Tensor, valid: Tensor | None) -> Tensor:
+    """x (B, L, N, D) as (B, N, L, D) in accumulation precision, with zeros in place of padding."""
+    x = x.to(_accumulate(x.dtype))
+    if valid is not None:
+        # Selected, not multiplied: padding may hold NaN.
+        x = torch.where(valid[:, :, None, None], x, 0.0)
+    return x.transpose(1, 2)
+
+
+def _scores(query: Tensor, key: Tensor, valid: Tensor | None, rows: slice, scale: float) -> Tensor:
+    """Scaled scores (B, N, rows, L), -inf wherever the query or the key is padding."""
+    scores = scale * (query @ key.mT)
+    if valid is None:
+        return scores
+    pairs = valid[:, rows, None] & valid[:, None, :]
+    return scores.masked_fill(~pairs[:, None], -torch.inf)
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse), and 0 in rows without a single key, where lse is -inf."""
+    lse = lse[..., None]
+    return torch.where(lse == -torch.inf, 0.0, torch.exp(scores - lse))
