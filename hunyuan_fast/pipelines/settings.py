@@ -1,0 +1,147 @@
+"""What a pipeline folder says about itself: `hunyuan_fast.json`.
+
+Generation defaults, the prompt template and lengths of the text encoders. Every field is checked on reading, and a
+field that is unknown or missing is an error.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hunyuan_fast.models.text import PromptTemplate
+
+FILE_NAME = "hunyuan_fast.json"
+FORMAT_VERSION = 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """Values used where a call does not say otherwise; the defaults are those of the released model.
+
+    height, width: pixels    fps: frames per second    shift None: chosen by the number of steps
+    """
+
+    height: int = 720
+    width: int = 1280
+    num_frames: int = 129
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    shift: float | None = None
+    fps: int = 24
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "num_frames", "num_inference_steps", "fps"):
+            _check_integer(name, getattr(self, name))
+        _check_number("guidance_scale", self.guidance_scale, least=0.0)
+        if self.shift is not None:
+            _check_number("shift", self.shift, least=math.ulp(0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineSettings:
+    """Contents of `hunyuan_fast.json`.
+
+    prompt_template: around the prompt for the language model; image_prompt_template: instead of it for one frame
+    hidden_state_skip_layer: last layers of the language model left out    clip_max_length: tokens CLIP reads
+    Raises TypeError or ValueError naming the field.
+    """
+
+    prompt_template: PromptTemplate
+    image_prompt_template: PromptTemplate | None = None
+    hidden_state_skip_layer: int = 2
+    clip_max_length: int = 77
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+
+    def __post_init__(self) -> None:
+        _check_type("prompt_template", self.prompt_template, PromptTemplate)
+        if self.image_prompt_template is not None:
+            _check_type("image_prompt_template", self.image_prompt_template, PromptTemplate)
+        _check_type("generation", self.generation, GenerationDefaults)
+        _check_integer("hidden_state_skip_layer", self.hidden_state_skip_layer, least=0)
+        _check_integer("clip_max_length", self.clip_max_length, least=3)
+
+    def template_for(self, num_frames: int) -> PromptTemplate:
+        """Return the template for a clip, or the one for images when there is one and num_frames is 1."""
+        if num_frames == 1 and self.image_prompt_template is not None:
+            return self.image_prompt_template
+        return self.prompt_template
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain JSON values, the format version first."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "PipelineSettings":
+        """Build settings from plain values; raises TypeError or ValueError naming the field that is wrong."""
+        _check_type("settings", values, Mapping)
+        values = dict(values)
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version must be {FORMAT_VERSION}, got {version!r}; "
+                "the folder was written by another version of hunyuan-fast"
+            )
+        for name, kind in (
+            ("prompt_template", PromptTemplate),
+            ("image_prompt_template", PromptTemplate),
+            ("generation", GenerationDefaults),
+        ):
+            if values.get(name) is not None:
+                values[name] = _build(kind, values[name], name)
+        return _build(cls, values, "settings")
+
+    def save(self, folder: Path) -> None:
+        """Write `hunyuan_fast.json` into a folder."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        (folder / FILE_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "PipelineSettings":
+        """Read `hunyuan_fast.json` from a folder.
+
+        Raises FileNotFoundError when it is missing and ValueError naming the file and the field when it is wrong.
+        """
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"no {FILE_NAME} in {folder}")
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _build(kind: type[T], values: Any, where: str) -> T:
+    """Build a dataclass from a mapping that must hold its fields: no more, and no less than those without default."""
+    _check_type(where, values, Mapping)
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where} has the unknown field {unknown[0]!r}; known are {', '.join(known)}")
+    for name, f in known.items():
+        if name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{where} lacks the field {name!r}")
+    return kind(**values)
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+
+
+def _check_integer(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_number(name: str, value: Any, least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < least:
+        raise ValueError(f"{name} must be finite and {'positive' if 0 < least < 1 else f'at least {least}'}, got {value}")
