@@ -49,18 +49,16 @@ def tool(name: str) -> str | None:
 class CMakeBuild(build_ext):
     """Tries CUDA (where nvcc is), then C++ alone, then goes without, as far as it may."""
 
-    def run(self) -> None:
+    def build_extensions(self) -> None:
         wanted, required = setting("HUNYUAN_FAST_BUILD"), setting("HUNYUAN_FAST_REQUIRE_EXT")
         attempts = {"auto": ["auto", "cpu"], "cuda": ["cuda"], "cpu": ["cpu"], "none": []}[wanted]
         if required == "cuda":
             attempts = [kind.replace("auto", "cuda") for kind in attempts if kind != "cpu"]
         for kind in attempts:
             try:
-                self.build(kind)
+                return self.build(kind)
             except (OSError, subprocess.CalledProcessError) as error:
                 print(f"hunyuan-fast: the native build ({kind}) failed: {error}", file=sys.stderr)
-            else:
-                return super().run()
         if required:
             raise SystemExit(f"hunyuan-fast: HUNYUAN_FAST_REQUIRE_EXT={required}, and it is not built")
         self.extensions = []
@@ -69,7 +67,6 @@ class CMakeBuild(build_ext):
             "They need a C++17 compiler (g++ 11 or later), CMake 3.20 and Ninja.",
             file=sys.stderr,
         )
-        return super().run()
 
     def build(self, kind: str) -> None:
         cmake, ninja = tool("cmake"), tool("ninja")
@@ -92,10 +89,6 @@ class CMakeBuild(build_ext):
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([cmake, "-S", ROOT, "-B", tmp, "-G", "Ninja", *args], check=True)
         subprocess.run([cmake, "--build", tmp, *jobs], check=True)
-
-    def build_extension(self, ext: Extension) -> None:
-        """Nothing is left to do: CMake has put the module where it belongs."""
-
 
 rooms = find_packages("kernels")
 setup(
