@@ -1,0 +1,133 @@
+"""The transformer blocks: two streams that meet in attention, then one stream for all tokens."""
+
+import torch
+from torch import Tensor, nn
+
+from hunyuan_fast.modules.attention import self_attention, split_heads
+from hunyuan_fast.modules.mlp import MLP
+from hunyuan_fast.modules.modulation import Modulation, gate_residual
+from hunyuan_fast.modules.norm import RMSNorm
+from hunyuan_fast.modules.rotary import Tables
+from hunyuan_fast.ops.fused_modulation import layer_norm_modulate
+
+STREAMS = ("img", "txt")
+
+
+class DoubleStreamBlock(nn.Module):
+    """Video and text keep weights of their own and see each other in one joint attention.
+
+    img: (B, L_video, E)    txt: (B, L_text, E)    vec: (B, E)    rotary: cos and sin, each (L_video, D)
+    kv_len: (B,), L_video and the valid text tokens    returns: img, txt
+
+    Both streams hold the same layers, under the prefixes ``img_`` and ``txt_``.
+    Source: technical report, section 4.2 (dual-stream to single-stream design); Esser et al.,
+    "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", section 4.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_width: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        for stream in STREAMS:
+            layers = {
+                "mod": Modulation(dim, 6),
+                "attn_qkv": nn.Linear(dim, 3 * dim),
+                "attn_q_norm": RMSNorm(dim // num_heads),
+                "attn_k_norm": RMSNorm(dim // num_heads),
+                "attn_proj": nn.Linear(dim, dim),
+                "mlp": MLP(dim, mlp_width, nn.GELU(approximate="tanh")),
+            }
+            for name, layer in layers.items():
+                self.add_module(f"{stream}_{name}", layer)
+
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Tensor, rotary: Tables, kv_len: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        num_video = img.shape[1]
+        streams = {"img": img, "txt": txt}
+        vectors = {stream: self._layer(stream, "mod")(vec) for stream in STREAMS}
+
+        # attention over both streams, video first
+        heads = [self._project(stream, streams[stream], *vectors[stream][:2]) for stream in STREAMS]
+        q, k, v = (torch.cat(parts, dim=1) for parts in zip(*heads, strict=True))
+        attended = self_attention(q, k, v, kv_len, rotary)
+
+        # each stream goes on alone
+        img = self._finish("img", img, attended[:, :num_video], *vectors["img"][2:])
+        txt = self._finish("txt", txt, attended[:, num_video:], *vectors["txt"][2:])
+        return img, txt
+
+    def _layer(self, stream: str, name: str) -> nn.Module:
+        return getattr(self, f"{stream}_{name}")
+
+    def _project(
+        self, stream: str, x: Tensor, shift: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised queries and keys, and values, of one stream: (B, L, N, D) each."""
+        qkv = self._layer(stream, "attn_qkv")(layer_norm_modulate(x, shift, scale))
+        q, k, v = split_heads(qkv, self.num_heads)
+        return self._layer(stream, "attn_q_norm")(q), self._layer(stream, "attn_k_norm")(k), v
+
+    def _finish(
+        self,
+        stream: str,
+        x: Tensor,
+        attended: Tensor,
+        gate1: Tensor,
+        shift2: Tensor,
+        scale2: Tensor,
+        gate2: Tensor,
+    ) -> Tensor:
+        """The residual sums of attention and of the network that follows it, for one stream."""
+        x = gate_residual(x, self._layer(stream, "attn_proj")(attended), gate1)
+        return gate_residual(
+            x, self._layer(stream, "mlp")(layer_norm_modulate(x, shift2, scale2)), gate2
+        )
+
+
+class SingleStreamBlock(nn.Module):
+    """Video and text share all weights; attention and network work side by side on the same input.
+
+    x: (B, L, E), video tokens before text tokens    vec: (B, E)    rotary: cos and sin, each (L_video, D)
+    kv_len: (B,)    returns: (B, L, E)
+
+    Source: technical report, section 4.2; Dehghani et al., "Scaling Vision Transformers to 22 Billion
+    Parameters", section 2 (parallel layers).
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_width: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.widths = [3 * dim, mlp_width]
+        self.linear1 = nn.Linear(dim, sum(self.widths))
+        self.linear2 = nn.Linear(dim + mlp_width, dim)
+        self.q_norm = RMSNorm(dim // num_heads)
+        self.k_norm = RMSNorm(dim // num_heads)
+        self.mlp_act = nn.GELU(approximate="tanh")
+        self.modulation = Modulation(dim, 3)
+
+    def forward(self, x: Tensor, vec: Tensor, rotary: Tables, kv_len: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(vec)
+        qkv, mlp = self.linear1(layer_norm_modulate(x, shift, scale)).split(self.widths, dim=-1)
+
+        q, k, v = split_heads(qkv, self.num_heads)
+        attended = self_attention(self.q_norm(q), self.k_norm(k), v, kv_len, rotary)
+
+        return gate_residual(
+            x, self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1)), gate
+        )
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and projection of each video token to the velocity of its patch.
+
+    x: (B, L, E)    vec: (B, E)    returns: (B, L, patch_features)
+    """
+
+    def __init__(self, dim: int, patch_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, patch_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec).chunk(2, dim=-1)
+        return self.linear(layer_norm_modulate(x, shift, scale).to(self.linear.weight.dtype))

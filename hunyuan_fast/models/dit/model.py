@@ -1,0 +1,132 @@
+"""The HunyuanVideo diffusion transformer."""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hunyuan_fast.models.dit.blocks import DoubleStreamBlock, FinalLayer, SingleStreamBlock
+from hunyuan_fast.models.dit.config import TransformerConfig
+from hunyuan_fast.models.dit.inputs import check_inputs, pack_text
+from hunyuan_fast.models.dit.refiner import TokenRefiner
+from hunyuan_fast.models.weights import Pretrained
+from hunyuan_fast.modules.embedding import PatchEmbedding, TimestepEmbedder, unpatchify
+from hunyuan_fast.modules.mlp import embedding_mlp
+from hunyuan_fast.modules.rotary import rotary_tables
+
+
+class HunyuanVideoTransformer(Pretrained, nn.Module):
+    """Predicts the velocity (noise - data) of noisy video latents, given the time and a prompt.
+
+    Built from the keywords of :class:`TransformerConfig`; parameters are named as in the official checkpoint.
+    Source: technical report, section 4.2 (unified image and video generative architecture).
+    """
+
+    config_class: ClassVar[type[TransformerConfig]] = TransformerConfig
+    component: ClassVar[str] = "transformer"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        config = self.config = TransformerConfig(**kwargs)
+        self.gradient_checkpointing = False
+        dim, sizes = config.hidden_size, (config.hidden_size, config.heads_num, config.mlp_width)
+
+        self.img_in = PatchEmbedding(config.patch_size, config.in_channels, dim)
+        self.txt_in = TokenRefiner(config.text_states_dim, dim, config.heads_num)
+        self.time_in = TimestepEmbedder(dim)
+        self.vector_in = embedding_mlp(config.text_states_dim_2, dim, "in_layer", "out_layer")
+        self.guidance_in = TimestepEmbedder(dim) if config.guidance_embed else None
+
+        doubles, singles = config.mm_double_blocks_depth, config.mm_single_blocks_depth
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(*sizes) for _ in range(doubles))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(*sizes) for _ in range(singles))
+        self.final_layer = FinalLayer(dim, config.out_channels * math.prod(config.patch_size))
+        self.init_weights()
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text_states: Tensor,
+        text_mask: Tensor,
+        pooled_text: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity at the noisy ``latents``.
+
+        latents: (B, C, T, H, W), multiples of the patch size    timestep: (B,) in [0, 1000], 1000 is pure noise
+        text_states: (B, L, text_states_dim)    text_mask: (B, L), bool or 0 / 1, any pattern; what it leaves out
+        has no influence    pooled_text: (B, text_states_dim_2)    guidance: (B,), the embedded scale times 1000;
+        a model without guidance embedding ignores it
+        returns: (B, out_channels, T, H, W), dtype of the final layer's weights
+
+        Floating inputs of any dtype are taken; timestep and guidance are used in float32.
+        Raises ValueError for shapes and devices that do not fit and for missing guidance, TypeError for dtypes.
+        """
+        config = self.config
+        check_inputs(config, latents, timestep, text_states, text_mask, pooled_text, guidance)
+        t, h, w = (
+            size // patch for size, patch in zip(latents.shape[2:], config.patch_size, strict=True)
+        )
+        rotary = rotary_tables((t, h, w), config.rope_dim_list, config.rope_theta, latents.device)
+
+        text_states, text_len = pack_text(text_states, text_mask)
+        vec = self._conditioning(timestep, pooled_text, guidance)
+        img = self.img_in(latents)
+        txt = self.txt_in(text_states, text_len, timestep)
+
+        num_video = img.shape[1]
+        kv_len = num_video + text_len
+        for block in self.double_blocks:
+            img, txt = self._run(block, img, txt, vec, rotary, kv_len)
+        x = torch.cat((img, txt), dim=1)
+        for block in self.single_blocks:
+            x = self._run(block, x, vec, rotary, kv_len)
+
+        return unpatchify(self.final_layer(x[:, :num_video], vec), (t, h, w), config.patch_size)
+
+    def _conditioning(
+        self, timestep: Tensor, pooled_text: Tensor, guidance: Tensor | None
+    ) -> Tensor:
+        """The vector (B, E) that modulates every block."""
+        vec = self.time_in(timestep) + self.vector_in(
+            pooled_text.to(self.vector_in[0].weight.dtype)
+        )
+        return vec if self.guidance_in is None else vec + self.guidance_in(guidance)
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Any:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Keep only the inputs of each block for the backward pass and compute the rest a second time."""
+        self.gradient_checkpointing = enabled
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Set every parameter to its value before training, as the official model does.
+
+        Xavier uniform for the patch embedding, N(0, 0.02) for the timestep networks, zeros for all modulations
+        and the last projection, so that every block begins as the identity and the velocity as zero.
+        """
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+        nn.init.xavier_uniform_(self.img_in.proj.weight.flatten(1))
+        nn.init.zeros_(self.img_in.proj.bias)
+        for name, module in self.named_modules():
+            if isinstance(module, TimestepEmbedder):
+                nn.init.normal_(module.mlp[0].weight, std=0.02)
+                nn.init.normal_(module.mlp[2].weight, std=0.02)
+            elif isinstance(module, nn.Linear) and _starts_at_zero(name):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+
+
+def _starts_at_zero(name: str) -> bool:
+    modulations = ("_mod.linear", "modulation.linear", "adaLN_modulation.1")
+    return name.endswith(modulations) or name == "final_layer.linear"

@@ -1,0 +1,69 @@
+"""The token refiner: prepares the language model's states for the transformer."""
+
+import torch
+from torch import Tensor, nn
+
+from hunyuan_fast.modules.attention import self_attention, split_heads
+from hunyuan_fast.modules.embedding import TimestepEmbedder
+from hunyuan_fast.modules.mlp import MLP, embedding_mlp
+from hunyuan_fast.modules.modulation import gate_residual
+
+DEPTH = 2
+MLP_WIDTH_RATIO = 4
+
+
+class RefinerBlock(nn.Module):
+    """Bidirectional attention and a network over the text, each gated by the condition.
+
+    x: (B, L, E)    condition: (B, E)    text_len: (B,), valid tokens    returns: (B, L, E)
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.self_attn_qkv = nn.Linear(dim, 3 * dim)
+        self.self_attn_proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, MLP_WIDTH_RATIO * dim, nn.SiLU())
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, condition: Tensor, text_len: Tensor) -> Tensor:
+        attention_gate, mlp_gate = self.adaLN_modulation(condition).chunk(2, dim=-1)
+
+        q, k, v = split_heads(self.self_attn_qkv(self.norm1(x)), self.num_heads)
+        attended = self.self_attn_proj(self_attention(q, k, v, text_len))
+        x = gate_residual(x, attended, attention_gate)
+
+        return gate_residual(x, self.mlp(self.norm2(x)), mlp_gate)
+
+
+class TokenRefiner(nn.Module):
+    """Projects text states to the model width and refines them in the light of the time and of their mean.
+
+    states: (B, L, text_dim), zero from text_len on    text_len: (B,)    timestep: (B,)    returns: (B, L, E)
+
+    The causal language model lets a word see only the words before it; here all see all.
+    Source: technical report, section 4.2 (text encoder) and its bidirectional token refiner.
+    """
+
+    def __init__(self, text_dim: int, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.input_embedder = nn.Linear(text_dim, dim)
+        self.t_embedder = TimestepEmbedder(dim)
+        self.c_embedder = embedding_mlp(text_dim, dim, "linear_1", "linear_2")
+        blocks = nn.ModuleList(RefinerBlock(dim, num_heads) for _ in range(DEPTH))
+        self.individual_token_refiner = nn.ModuleDict({"blocks": blocks})
+
+    def forward(self, states: Tensor, text_len: Tensor, timestep: Tensor) -> Tensor:
+        dtype = self.input_embedder.weight.dtype
+        mean = (
+            states.sum(1, dtype=torch.promote_types(states.dtype, torch.float32))
+            / text_len.clamp(min=1)[:, None]
+        )
+        condition = self.t_embedder(timestep) + self.c_embedder(mean.to(dtype))
+
+        x = self.input_embedder(states.to(dtype))
+        for block in self.individual_token_refiner["blocks"]:
+            x = block(x, condition, text_len)
+        return x

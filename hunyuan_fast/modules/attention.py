@@ -1,0 +1,31 @@
+"""Self-attention as the blocks use it: packed projections in, joined heads out."""
+
+from torch import Tensor
+
+from hunyuan_fast.modules.rotary import Tables
+from hunyuan_fast.ops.rope3d_attention import attention, rope3d_attention
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, as views of one packed projection.
+
+    qkv: (B, L, 3 * N * D), ordered (q or k or v, head, feature)    returns: q, k, v, each (B, L, N, D)
+    """
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
+    return q, k, v
+
+
+def self_attention(
+    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, rotary: Tables | None = None
+) -> Tensor:
+    """Attention of each sample over its valid prefix, with the video tokens rotated to their positions.
+
+    q, k, v: (B, L, N, D), video tokens before text tokens    kv_len: (B,), valid tokens of each sample
+    rotary: cos and sin, each (L_video, D); None leaves every token unrotated
+    returns: (B, L, N * D), zero in the rows from kv_len on
+    """
+    if rotary is None:
+        return attention(q, k, v, kv_len=kv_len).flatten(2)
+    cos, sin = rotary
+    joined = rope3d_attention(q, k, v, cos, sin, num_video_tokens=cos.shape[0], kv_len=kv_len)
+    return joined.flatten(2)
