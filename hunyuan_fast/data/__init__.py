@@ -1,0 +1,1 @@
+"""Clips on their way in and out: video files, geometry, metrics, synthetic shapes."""
