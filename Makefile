@@ -1,0 +1,46 @@
+# make demo    set everything up in .venv and make a video in demo/
+# make test    set everything up in .venv and run the tests
+# make lint    ruff and mypy
+# make bench   every benchmark that this machine can run
+# make gpu     on a machine with a GPU: build, GPU tests, benchmarks with their results kept
+# make native  rebuild the C++ and CUDA code in place
+# make clean   remove what was built; .venv stays
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo/red-circle-moving-right.mp4
+
+.PHONY: demo test lint bench gpu native clean
+
+demo:
+	@$(PYTHON) scripts/bootstrap.py
+	@mkdir -p demo
+	$(BIN)/hunyuan-fast generate "a red circle moving right" -o $(DEMO)
+	@echo "The video is $(DEMO)"
+
+test:
+	@$(PYTHON) scripts/bootstrap.py --extra dev
+	$(BIN)/python -m pytest
+
+lint:
+	@$(PYTHON) scripts/bootstrap.py --extra dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench:
+	@$(PYTHON) scripts/bootstrap.py --extra dev
+	$(BIN)/python -m benchmarks
+
+gpu:
+	@nvidia-smi -L || { echo "make gpu needs a machine with an NVIDIA GPU and its driver"; exit 1; }
+	@$(PYTHON) scripts/bootstrap.py --extra dev
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks
+
+native:
+	@$(PYTHON) scripts/bootstrap.py --extra dev
+	HUNYUAN_FAST_REQUIRE_EXT=cpu $(BIN)/python setup.py --quiet build_ext --inplace
+
+clean:
+	rm -rf build dist demo *.egg-info hunyuan_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
