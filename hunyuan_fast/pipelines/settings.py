@@ -1,7 +1,7 @@
 """What a pipeline folder says about itself: `hunyuan_fast.json`.
 
-Generation defaults, the prompt template and lengths of the text encoders. Every field is checked on reading, and a
-field that is unknown or missing is an error.
+Generation defaults, the prompt template and lengths of the text encoders. Every field is checked on
+reading, and a field that is unknown or missing is an error.
 """
 
 import json
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
-    """Values used where a call does not say otherwise; the defaults are those of the released model.
+    """Values that stand for None in a call; the defaults are those of the released model.
 
     height, width: pixels    fps: frames per second    shift None: chosen by the number of steps
     """
@@ -46,8 +46,10 @@ class GenerationDefaults:
 class PipelineSettings:
     """Contents of `hunyuan_fast.json`.
 
-    prompt_template: around the prompt for the language model; image_prompt_template: instead of it for one frame
-    hidden_state_skip_layer: last layers of the language model left out    clip_max_length: tokens CLIP reads
+    prompt_template: around the prompt for the language model; image_prompt_template: instead of it
+    for one frame
+    hidden_state_skip_layer: last layers of the language model left out    clip_max_length: tokens
+    CLIP reads
     Raises TypeError or ValueError naming the field.
     """
 
@@ -66,7 +68,7 @@ class PipelineSettings:
         _check_integer("clip_max_length", self.clip_max_length, least=3)
 
     def template_for(self, num_frames: int) -> PromptTemplate:
-        """Return the template for a clip, or the one for images when there is one and num_frames is 1."""
+        """Return the template for a clip, or that for images, if any, when num_frames is 1."""
         if num_frames == 1 and self.image_prompt_template is not None:
             return self.image_prompt_template
         return self.prompt_template
@@ -77,7 +79,7 @@ class PipelineSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PipelineSettings":
-        """Build settings from plain values; raises TypeError or ValueError naming the field that is wrong."""
+        """Build settings from plain values; raises TypeError or ValueError naming the field."""
         _check_type("settings", values, Mapping)
         values = dict(values)
         version = values.pop("format_version", None)
@@ -92,8 +94,8 @@ class PipelineSettings:
             ("generation", GenerationDefaults),
         ):
             if values.get(name) is not None:
-                values[name] = _build(kind, values[name], name)
-        return _build(cls, values, "settings")
+                values[name] = build(kind, values[name], name)
+        return build(cls, values, "settings")
 
     def save(self, folder: Path) -> None:
         """Write `hunyuan_fast.json` into a folder."""
@@ -104,7 +106,8 @@ class PipelineSettings:
     def load(cls, folder: Path) -> "PipelineSettings":
         """Read `hunyuan_fast.json` from a folder.
 
-        Raises FileNotFoundError when it is missing and ValueError naming the file and the field when it is wrong.
+        Raises FileNotFoundError when it is missing and ValueError naming the file and the field
+        when it is wrong.
         """
         path = folder / FILE_NAME
         if not path.is_file():
@@ -115,13 +118,15 @@ class PipelineSettings:
             raise ValueError(f"{path}: {error}") from error
 
 
-def _build(kind: type[T], values: Any, where: str) -> T:
-    """Build a dataclass from a mapping that must hold its fields: no more, and no less than those without default."""
+def build(kind: type[T], values: Any, where: str) -> T:
+    """Build a dataclass from a mapping with no unknown field and every field without default."""
     _check_type(where, values, Mapping)
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{where} has the unknown field {unknown[0]!r}; known are {', '.join(known)}")
+        raise ValueError(
+            f"{where} has the unknown field {unknown[0]!r}; known are {', '.join(known)}"
+        )
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"{where} lacks the field {name!r}")
@@ -144,4 +149,7 @@ def _check_number(name: str, value: Any, least: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value) or value < least:
-        raise ValueError(f"{name} must be finite and {'positive' if 0 < least < 1 else f'at least {least}'}, got {value}")
+        raise ValueError(
+            f"{name} must be finite and {'positive' if 0 < least < 1 else f'at least {least}'}, "
+            f"got {value}"
+        )

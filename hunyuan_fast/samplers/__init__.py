@@ -1,7 +1,7 @@
 """Flow-matching samplers: noise schedules, Euler steps and guidance, as pure functions of tensors.
 
-Noise level sigma runs from 1 (pure noise) to 0 (data): x_sigma = (1 - sigma) * data + sigma * noise, and the
-velocity that the model predicts is noise - data.
+Noise level sigma runs from 1 (pure noise) to 0 (data): x_sigma = (1 - sigma) * data + sigma *
+noise, and the velocity that the model predicts is noise - data.
 """
 
 from hunyuan_fast.samplers.euler import euler_step, integrate

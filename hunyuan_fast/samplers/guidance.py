@@ -9,11 +9,12 @@ GUIDANCE_SCALE_FACTOR = 1000.0
 def embedded_guidance(
     scale: float, batch: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Guidance input (B,) of a guidance-distilled model: 1000 * scale, rounded twice to the model's dtype.
+    """Guidance input (B,) of a distilled model: 1000 * scale, rounded twice to the model's dtype.
 
-    The released weights were made and are used with the scale cast to the model's dtype before the multiplication,
-    so in bfloat16 a scale of 6 enters as 6016 and 3 as 3008, while 1, 2, 4 and 8 are exact. Both roundings are
-    kept, since the model is conditioned on what it saw (technical report, section 5.2).
+    The released weights were made and are used with the scale cast to the model's dtype before the
+    multiplication, so in bfloat16 a scale of 6 enters as 6016 and 3 as 3008, while 1, 2, 4 and 8
+    are exact. Both roundings are kept, since the model is conditioned on what it saw (technical
+    report, section 5.2).
     """
     return torch.full((batch,), scale, dtype=dtype, device=device) * GUIDANCE_SCALE_FACTOR
 

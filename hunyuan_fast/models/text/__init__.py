@@ -1,4 +1,4 @@
-"""Text encoders: a decoder-only language model for token states and a CLIP text model for a pooled vector.
+"""Text encoders: a language model for token states and a CLIP text model for a pooled vector.
 
 The networks are transformers' own classes, imported on first use.
 """

@@ -16,11 +16,15 @@ OFFICIAL_MAX_LENGTH = 77
 class CLIPTextEncoder:
     """State of the first end-of-text token after the final layer norm, without the text projection.
 
-    model: a transformers CLIPTextModel; tokenizer: its tokenizer; max_length: tokens read, both ends included
-    Raises ValueError when max_length exceeds the model's positions or the tokenizer closes texts with another token.
+    model: a transformers CLIPTextModel; tokenizer: its tokenizer; max_length: tokens read, both
+    ends included
+    Raises ValueError when max_length exceeds the model's positions or the tokenizer closes texts
+    with another token.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, max_length: int = OFFICIAL_MAX_LENGTH) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, max_length: int = OFFICIAL_MAX_LENGTH
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -28,11 +32,14 @@ class CLIPTextEncoder:
             raise TypeError(f"max_length must be an integer, got {type(max_length).__name__}")
         positions = self.model.config.max_position_embeddings
         if not 3 <= max_length <= positions:
-            raise ValueError(f"max_length must be between 3 and {positions} for this model, got {max_length}")
+            raise ValueError(
+                f"max_length must be between 3 and {positions} for this model, got {max_length}"
+            )
         closing = token_ids(tokenizer, "red")[-1]
         if closing != tokenizer.eos_token_id:
             raise ValueError(
-                f"tokenizer must close a text with its end-of-text token {tokenizer.eos_token_id}, got {closing}; "
+                "tokenizer must close a text with its end-of-text token "
+                f"{tokenizer.eos_token_id}, got {closing}; "
                 "this is not the tokenizer of a CLIP text model"
             )
 
@@ -48,7 +55,8 @@ class CLIPTextEncoder:
     ) -> "CLIPTextEncoder":
         """Load the model and the tokenizer from folders in transformers' format.
 
-        Raises FileNotFoundError or ValueError naming the folder when something is missing or does not fit.
+        Raises FileNotFoundError or ValueError naming the folder when something is missing or does
+        not fit.
         """
         model = load_model(path, "CLIPTextModel", dtype=dtype)
         return cls(model.to(device), load_tokenizer(tokenizer_path), max_length)
@@ -73,7 +81,9 @@ class CLIPTextEncoder:
         """Width P of the pooled vector."""
         return int(self.model.config.hidden_size)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "CLIPTextEncoder":
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "CLIPTextEncoder":
         """Move the model; returns the encoder itself."""
         self.model.to(device=device, dtype=dtype)
         return self
@@ -82,16 +92,20 @@ class CLIPTextEncoder:
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Encode prompts to pooled vectors (B, P) in the model's dtype.
 
-        A prompt too long is cut on the right, its end-of-text token kept, with a PromptTruncationWarning.
+        A prompt too long is cut on the right, its end-of-text token kept, with a
+        PromptTruncationWarning.
         """
         rows = [self._tokens(prompt) for prompt in prompts]
-        # the pooled state stands at the first end-of-text token and attention is causal: padding changes nothing
+        # the pooled state stands at the first end-of-text token and attention is causal: padding
+        # changes nothing
         ids, _ = pad_right(rows, self.tokenizer.eos_token_id, self.device)
         return self.model(input_ids=ids).pooler_output
 
     def _tokens(self, prompt: str) -> list[int]:
         ids = token_ids(self.tokenizer, prompt.strip())
         if len(ids) > self.max_length:
-            warn_truncated(self.tokenizer, ids[self.max_length - 1 : -1], "CLIP text model", self.max_length)
+            warn_truncated(
+                self.tokenizer, ids[self.max_length - 1 : -1], "CLIP text model", self.max_length
+            )
             ids = [*ids[: self.max_length - 1], ids[-1]]
         return ids

@@ -15,15 +15,18 @@ from hunyuan_fast.models.text.tokens import pad_right, token_ids, warn_truncated
 
 
 class LLMTextEncoder:
-    """Hidden states of the prompt's tokens inside a chat template, taken some layers before the end.
+    """Hidden states of a prompt's tokens in a chat template, taken some layers before the end.
 
-    model: a transformers LlamaModel, or a model holding one as `language_model`; tokenizer: its tokenizer
-    skip_layer: number of last layers left out. The released system uses 2: the states after layer 30 of 32, without
-    the final norm. 0 gives the normed output of the whole model.
+    model: a transformers LlamaModel, or a model holding one as `language_model`; tokenizer: its
+    tokenizer
+    skip_layer: number of last layers left out. The released system uses 2: the states after layer
+    30 of 32, without the final norm. 0 gives the normed output of the whole model.
     Raises TypeError or ValueError when the tokenizer and the template do not fit together.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, template: PromptTemplate, skip_layer: int = 2) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, template: PromptTemplate, skip_layer: int = 2
+    ) -> None:
         self.model = getattr(model, "language_model", model).eval()
         self.tokenizer = tokenizer
         self.template = template
@@ -32,7 +35,10 @@ class LLMTextEncoder:
         if isinstance(skip_layer, bool) or not isinstance(skip_layer, int):
             raise TypeError(f"skip_layer must be an integer, got {type(skip_layer).__name__}")
         if not 0 <= skip_layer < num_layers:
-            raise ValueError(f"skip_layer must be between 0 and {num_layers - 1} for this model, got {skip_layer}")
+            raise ValueError(
+                f"skip_layer must be between 0 and {num_layers - 1} for this model, got "
+                f"{skip_layer}"
+            )
         _check_crop(tokenizer, template)
 
     @classmethod
@@ -48,7 +54,8 @@ class LLMTextEncoder:
     ) -> "LLMTextEncoder":
         """Load the model and the tokenizer from folders in transformers' format.
 
-        Raises FileNotFoundError or ValueError naming the folder when something is missing or does not fit.
+        Raises FileNotFoundError or ValueError naming the folder when something is missing or does
+        not fit.
         """
         model = load_model(path, "AutoModel", dtype=dtype)
         return cls(model.to(device), load_tokenizer(tokenizer_path), template, skip_layer)
@@ -73,17 +80,24 @@ class LLMTextEncoder:
         """Width D of the states."""
         return int(self.model.config.hidden_size)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LLMTextEncoder":
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "LLMTextEncoder":
         """Move the model; returns the encoder itself."""
         self.model.to(device=device, dtype=dtype)
         return self
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], template: PromptTemplate | None = None) -> tuple[Tensor, Tensor]:
-        """Encode prompts to states (B, L, D) in the model's dtype and mask (B, L) bool, L = template.max_length.
+    def encode(
+        self, prompts: Sequence[str], template: PromptTemplate | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Encode prompts to states (B, L, D) in the model's dtype and mask (B, L) bool.
 
-        The mask is true on a prefix of each row: the prompt's tokens and what the template puts behind them.
-        States behind the prefix are zero. A prompt too long is cut on the right with a PromptTruncationWarning.
+        L is the template's max_length.
+
+        The mask is true on a prefix of each row: the prompt's tokens and what the template puts
+        behind them. States behind the prefix are zero. A prompt too long is cut on the right with a
+        PromptTruncationWarning.
         """
         if template is None:
             template = self.template
@@ -91,7 +105,9 @@ class LLMTextEncoder:
             _check_crop(self.tokenizer, template)
         rows = [self._tokens(prompt, template) for prompt in prompts]
         ids, mask = pad_right(rows, pad_id=0, device=self.device)
-        hidden = self._trunk()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = self._trunk()(
+            input_ids=ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state
 
         # attention is causal, so the positions after the longest prompt need not be run
         states = hidden.new_zeros(len(rows), template.max_length, hidden.shape[-1])
@@ -106,8 +122,10 @@ class LLMTextEncoder:
         longest = template.crop_start + template.max_length
         if len(ids) <= template.crop_start:
             raise ValueError(
-                f"prompt must leave at least one token after the crop of {template.crop_start}, got {prompt!r} with "
-                f"{len(ids)} tokens; use a template that closes the prompt with a token, as the released one does"
+                f"prompt must leave at least one token after the crop of {template.crop_start}, "
+                f"got {prompt!r} with "
+                f"{len(ids)} tokens; use a template that closes the prompt with a token, as the "
+                "released one does"
             )
         if len(ids) > longest:
             warn_truncated(self.tokenizer, ids[longest:], "language model", template.max_length)
@@ -122,7 +140,11 @@ class LLMTextEncoder:
             return self.model
         depth = len(self.model.layers) - self.skip_layer
         trunk = copy.copy(self.model)
-        trunk._modules = {**self.model._modules, "layers": self.model.layers[:depth], "norm": nn.Identity()}
+        trunk._modules = {
+            **self.model._modules,
+            "layers": self.model.layers[:depth],
+            "norm": nn.Identity(),
+        }
         trunk.config = copy.copy(self.model.config)
         trunk.config.num_hidden_layers = depth
         return trunk
@@ -134,15 +156,20 @@ def _check_crop(tokenizer: Any, template: PromptTemplate) -> None:
     The tokens that two different prompts have in common at the start are those before the prompt.
     """
     first, second = (token_ids(tokenizer, template.fill(prompt)) for prompt in ("", "red"))
-    common = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))
+    common = next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first)
+    )
     if template.crop_start > common:
         raise ValueError(
-            f"crop_start must be at most {common}, the number of tokens before the prompt with this tokenizer, "
+            f"crop_start must be at most {common}, the number of tokens before the prompt with "
+            "this tokenizer, "
             f"got {template.crop_start}; the template and the tokenizer belong to different models"
         )
     if 0 < template.crop_start < common:
         warnings.warn(
-            f"crop_start is {template.crop_start} but {common} tokens stand before the prompt with this tokenizer, "
-            f"so {common - template.crop_start} tokens of the template reach the model; is this the right tokenizer?",
+            f"crop_start is {template.crop_start} but {common} tokens stand before the prompt "
+            "with this tokenizer, "
+            f"so {common - template.crop_start} tokens of the template reach the model; is this "
+            "the right tokenizer?",
             stacklevel=3,
         )
