@@ -1,0 +1,71 @@
+"""What every test shares: where Triton runs, how many threads, which seed, what memory holds."""
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# Triton decides at decoration whether a kernel is interpreted: this precedes every kernel's import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tests.kit.memory import poisoned_memory
+
+OPS = Path(__file__).parent / "ops"
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    without_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(without_gpu)
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """The global generators start from a number of the test's own, the same in every run."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    """A generator of the test's own, for inputs that do not depend on what ran before."""
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fresh memory holds NaN, or the largest integer, for the length of the test."""
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> None:
+    """Triton's interpreter rounds as a GPU does and checks every address (nothing without it)."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    try:
+        from tests.kit.interpreter import install
+    except ModuleNotFoundError as missing:
+        if missing.name != "triton":
+            raise
+        return
+    install()
+
+
+@pytest.fixture(autouse=True)
+def _ops_are_watched(request: pytest.FixtureRequest) -> None:
+    """Tests of ops always run on poisoned memory and on the repaired, guarded interpreter."""
+    if OPS in request.path.parents:
+        request.getfixturevalue("poison")
+        request.getfixturevalue("interpreter")
