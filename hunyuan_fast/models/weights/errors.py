@@ -2,4 +2,4 @@
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message names the file, the first wrong key and what to do."""
+    """A checkpoint cannot be used: the message names the file, the first wrong key, the remedy."""

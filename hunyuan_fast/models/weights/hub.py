@@ -11,7 +11,8 @@ ASSETS = Path(__file__).resolve().parents[2] / "assets"
 EMBEDDED = ("nano",)
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_USEFUL = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*model_states.pt", "*/vae/*.pt"]
+_USEFUL = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+_USEFUL += ["*model_states.pt", "*/vae/*.pt"]
 _USELESS = ["*fp8*", "*.onnx*", "*flax*", "*.gguf"]
 
 
@@ -66,7 +67,7 @@ def _snapshot(repo: str, subfolder: str | None) -> tuple[Path | None, str]:
         from huggingface_hub import snapshot_download
     except ImportError:
         return None, "huggingface_hub is not installed: pip install huggingface_hub"
-    wanted = _USEFUL if subfolder is None else [f"{subfolder}/{name}" for name in (*_USEFUL, "*.pt")]
+    wanted = _USEFUL if subfolder is None else [f"{subfolder}/*"]
     reason = ""
     for cached in (False, True):
         try:

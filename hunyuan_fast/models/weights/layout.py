@@ -19,7 +19,11 @@ OFFICIAL_WEIGHTS = {
     "vae": f"{OFFICIAL_ROOT}/vae/pytorch_model.pt",
 }
 TEXT_FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-STEM = {"native": "model", "diffusers": "diffusion_pytorch_model"}
+DIFFUSERS_CLASSES = {
+    "transformer": "HunyuanVideoTransformer3DModel",
+    "vae": "AutoencoderKLHunyuanVideo",
+}
+STEM: dict[Layout, str] = {"native": "model", "diffusers": "diffusion_pytorch_model"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +103,16 @@ def component_layout(folder: Path) -> Layout | None:
         return "native"
     if any(folder.glob(f"{STEM['diffusers']}*.safetensors*")):
         return "diffusers"
-    if any((folder / Path(place).name).is_file() for place in OFFICIAL_WEIGHTS.values()):
+    if official_files(folder):
         return "official"
     return "diffusers" if config.is_file() else None
+
+
+def official_files(folder: Path) -> list[Path]:
+    """The official weights in a folder; the fp8 ones come last."""
+    names = [Path(place).name for place in OFFICIAL_WEIGHTS.values()]
+    names += [name.replace(".pt", "_fp8.pt") for name in names]
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def _part(root: Path, part: str, layout: Layout) -> Path | None:
@@ -112,10 +123,10 @@ def _part(root: Path, part: str, layout: Layout) -> Path | None:
 
 
 def _official_weights(root: Path, part: str) -> Path | None:
-    """The official weights of `part`; the fp8 ones where only they are present."""
-    exact = root / OFFICIAL_WEIGHTS[part]
-    quantized = exact.with_name(f"{exact.stem}_fp8.pt")
-    return next((path for path in (exact, quantized) if path.is_file()), None)
+    """The official weights of `part` in a pipeline folder."""
+    place = Path(OFFICIAL_WEIGHTS[part])
+    files = official_files((root / place).parent)
+    return next((file for file in files if file.name.startswith(place.stem)), None)
 
 
 def _not_a_pipeline(root: Path) -> str:

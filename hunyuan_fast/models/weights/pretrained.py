@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from typing_extensions import Self
 
-from hunyuan_fast.models.weights.errors import CheckpointError
+from hunyuan_fast.models.weights.configs import read_config
+from hunyuan_fast.models.weights.loader import load
+from hunyuan_fast.models.weights.locate import locate
+from hunyuan_fast.models.weights.manifest import Manifest
+from hunyuan_fast.models.weights.writer import save
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Pretrained:
-    """Mixin of a model with `config_class`, `config` and `from_config`.
+    """Mixin of a model that is built from `config_class` and keeps its config as `config`.
 
-    The names of the model in other layouts are the functions `rules(config)`,
-    `config_to_diffusers(config)` and `config_from_diffusers(dict)` of the module `checkpoint`
-    that lies beside the model. `component` is the model's folder in a pipeline.
+    component: the model's folder in a pipeline. The names of its parameters in other layouts are
+    the functions `rules(config)`, `config_to_diffusers(config)` and `config_from_diffusers(dict)`
+    of the module `checkpoint` that lies beside the model's.
     """
 
     config_class: ClassVar[type]
@@ -29,8 +35,13 @@ class Pretrained:
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
-        """The model with fresh weights that `config` describes."""
-        return cls(**{name: getattr(config, name) for name in config.__dataclass_fields__})
+        """The model that `config` describes, with fresh weights."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(config)})
+
+    @classmethod
+    def checkpoint_names(cls) -> ModuleType:
+        """The module with the model's names and settings in other layouts."""
+        return import_module(f"{cls.__module__.rpartition('.')[0]}.checkpoint")
 
     @classmethod
     def from_pretrained(
@@ -40,26 +51,73 @@ class Pretrained:
         subfolder: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        config: Any = None,
+        keep_fp8: bool = True,
+        verify: bool = True,
     ) -> Self:
-        """The model stored at `path_or_repo`, in evaluation mode."""
-        folder = Path(path_or_repo) / (subfolder or "")
-        try:
-            stored = json.loads((folder / "config.json").read_text())["config"]
-            state = load_file(folder / "model.safetensors")
-        except OSError as error:
-            raise CheckpointError(f"{folder}: {error}") from error
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-        with torch.device("meta"):
-            model = cls.from_config(cls.config_class(**fields))
-        assert isinstance(model, nn.Module)
-        model.load_state_dict(state, strict=True, assign=True)
-        return model.to(device=device, dtype=dtype).eval()
+        """The stored model, in evaluation mode.
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write the model into the folder `path`."""
+        path_or_repo: a pipeline folder, this model's folder, one weights file, a repo id of the
+            Hugging Face Hub or "nano"; native, diffusers or official layout, recognised by content.
+        dtype: of the parameters; None keeps the stored one.
+        config: for files that have none beside them; else the stored one is used.
+        keep_fp8: fp8 weights stay fp8 and are expanded at each call; otherwise they are expanded now.
+        verify: compare the digests of the native layout.
+        Raises CheckpointError (a ValueError) naming the file and the first wrong key; ValueError
+        for a device or dtype that cannot be used.
+        """
+        place = _check_device(device)
+        if dtype is not None and dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {_DTYPES} or None, got {dtype!r}")
+        located = locate(path_or_repo, subfolder, cls.component)
+        if located.layout == "native" and verify:
+            Manifest(located.folder).check_files()
+        names = cls.checkpoint_names()
+        if config is None:
+            config = read_config(located, cls.config_class, cls.component, names)
+        with torch.device("meta"):
+            model = cls.from_config(config)
+        assert isinstance(model, nn.Module)
+        rules = names.rules(config)
+        load(model, located, rules, device=place, dtype=dtype, keep_fp8=keep_fp8, verify=verify)
+        model.eval()
+        return model
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        layout: Literal["native", "diffusers"] = "native",
+        max_shard_bytes: int = 2 * 2**30,
+    ) -> None:
+        """Write the model into the folder `path`, which appears whole or not at all.
+
+        An earlier save of the same model there is replaced; anything else is left alone.
+        Raises CheckpointError when `path` is taken, OSError when it cannot be written.
+        """
+        if layout not in ("native", "diffusers"):
+            raise ValueError(f'layout must be "native" or "diffusers", got {layout!r}')
+        if max_shard_bytes < 1:
+            raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
         assert isinstance(self, nn.Module)
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), folder / "model.safetensors")
-        stored = {"format": "hunyuan-fast", "config": asdict(self.config)}
-        (folder / "config.json").write_text(json.dumps(stored, indent=2))
+        save(
+            self,
+            path,
+            config=self.config,
+            component=self.component,
+            names=self.checkpoint_names(),
+            layout=layout,
+            max_shard_bytes=max_shard_bytes,
+        )
+
+
+def _check_device(device: torch.device | str) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be like 'cpu' or 'cuda:0', got {device!r}") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r} is not there: {torch.cuda.device_count()} CUDA devices; use 'cpu'"
+        )
+    return place
