@@ -1,18 +1,84 @@
-"""Changing the size of a feature map of the VAE; the first frame never changes in time."""
+"""Changing the size of a feature map of the VAE; the first frame stands alone in time."""
 
 from __future__ import annotations
+
+from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hunyuan_fast.modules.causal_conv3d import CausalConv3d
+from hunyuan_fast.modules.causal_conv3d import CausalConv3d, conv3d_valid
+
+Factor = tuple[int, int, int]
+
+
+def upsample_causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, *, factor: Factor) -> Tensor:
+    """Repeat pixels by factor, the first frame in space only, then convolve causally with 3x3x3 taps.
+
+    x (B, C, T, H, W); weight (O, C, 3, 3, 3); bias (O,); factor (t, h, w), each 1 or 2.
+    Returns (B, O, 1 + (T-1)*t, H*h, W*w) in x.dtype.
+
+    The repeated map is never built: of the three taps along a doubled axis two always meet the same
+    input value, so each output parity is a convolution of x with two taps, one of them a sum.
+    With factor (2, 2, 2) this takes 8/27 of the multiplications, with (1, 2, 2) 4/9.
+    """
+    batch, _, frames, height, width = x.shape
+    if frames == 1:
+        # every temporal tap sees the one frame there is, so the taps add up
+        weight, factor = weight.sum(2, keepdim=True), (1, *factor[1:])
+    kernels = [_parity_kernels(weight.float(), dim=2, factor=factor[0])]
+    for dim in (3, 4):
+        kernels.append([k for kernel in kernels[-1] for k in _parity_kernels(kernel, dim, factor[dim - 2])])
+    taps_t, taps_h, taps_w = kernels[-1][0].shape[2:]
+    padded = F.pad(x, (1, 1, 1, 1, taps_t - 1, 0), mode="replicate")
+    parts = []
+    for (t, h, w), kernel in zip(product(*map(range, factor)), kernels[-1], strict=True):
+        window = padded[:, :, t:, h : h + height + taps_h - 1, w : w + width + taps_w - 1]
+        parts.append(conv3d_valid(window, kernel.to(x.dtype), bias))
+    return _Interleave.apply(factor, *parts)
+
+
+def _parity_kernels(weight: Tensor, dim: int, factor: int) -> list[Tensor]:
+    """The kernels, one for each output parity, that act along dim on the map before it is repeated."""
+    if factor == 1:
+        return [weight]
+    first, middle, last = weight.unbind(dim)
+    return [torch.stack((first, middle + last), dim), torch.stack((first + middle, last), dim)]
+
+
+class _Interleave(torch.autograd.Function):
+    """Lay the parities (B, O, T, H, W) of an upsampled map into one channels-last tensor.
+
+    Along a doubled time axis the odd parity has one frame less than the even one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, factor: Factor, *parts: Tensor) -> Tensor:
+        ctx.factor = factor
+        batch, channels, frames, height, width = parts[0].shape
+        shape = (batch, channels, 1 + (frames - 1) * factor[0], height * factor[1], width * factor[2])
+        out = parts[0].new_empty(shape).contiguous(memory_format=torch.channels_last_3d)
+        for view, part in zip(_parities(out, factor), parts, strict=True):
+            view.copy_(part)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_parities(grad, ctx.factor)
+
+
+def _parities(x: Tensor, factor: Factor) -> list[Tensor]:
+    return [
+        x[:, :, t :: factor[0], h :: factor[1], w :: factor[2]] for t, h, w in product(*map(range, factor))
+    ]
 
 
 class CausalDownsample(nn.Module):
     """A causal convolution with stride; T becomes (T-1)//st + 1, H and W are divided."""
 
-    def __init__(self, channels: int, stride: tuple[int, int, int]) -> None:
+    def __init__(self, channels: int, stride: Factor) -> None:
         super().__init__()
         self.conv = CausalConv3d(channels, channels, stride=stride)
 
@@ -20,22 +86,14 @@ class CausalDownsample(nn.Module):
         return self.conv(x)
 
 
-def upsample_nearest(x: Tensor, factor: tuple[int, int, int]) -> Tensor:
-    """Repeat pixels by factor (t, h, w), the first frame in space only: T becomes 1 + (T-1)*t."""
-    time, height, width = (float(f) for f in factor)
-    first = F.interpolate(x[:, :, 0], scale_factor=(height, width)).unsqueeze(2)
-    if x.shape[2] == 1:
-        return first
-    return torch.cat([first, F.interpolate(x[:, :, 1:], scale_factor=(time, height, width))], dim=2)
-
-
 class CausalUpsample(nn.Module):
-    """Nearest-neighbour upsampling by factor (t, h, w), then a causal convolution."""
+    """Nearest-neighbour upsampling and a causal convolution in one, see `upsample_causal_conv3d`."""
 
-    def __init__(self, channels: int, factor: tuple[int, int, int]) -> None:
+    def __init__(self, channels: int, factor: Factor) -> None:
         super().__init__()
         self.factor = factor
         self.conv = CausalConv3d(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(upsample_nearest(x, self.factor))
+        conv = self.conv.conv
+        return upsample_causal_conv3d(x, conv.weight, conv.bias, factor=self.factor)
