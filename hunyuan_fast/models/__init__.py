@@ -1,4 +1,4 @@
-"""The models: diffusion transformer, variational autoencoder, text encoders. Each is imported when first asked for."""
+"""The models: diffusion transformer, variational autoencoder, text encoders; imported on demand."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,1 +1,1 @@
-"""Neural network modules: they own parameters and call the ops; the models are put together from them."""
+"""Neural network modules: they own parameters and call the ops; models are built of them."""

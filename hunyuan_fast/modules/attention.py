@@ -9,7 +9,8 @@ from hunyuan_fast.ops.rope3d_attention import attention, rope3d_attention
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, as views of one packed projection.
 
-    qkv: (B, L, 3 * N * D), ordered (q or k or v, head, feature)    returns: q, k, v, each (B, L, N, D)
+    qkv: (B, L, 3 * N * D), features ordered (q, k or v; head; feature)
+    returns: q, k, v, each (B, L, N, D)
     """
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
     return q, k, v
@@ -18,9 +19,10 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 def self_attention(
     q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, rotary: Tables | None = None
 ) -> Tensor:
-    """Attention of each sample over its valid prefix, with the video tokens rotated to their positions.
+    """Attention of each sample over its valid prefix, video tokens rotated to their positions.
 
-    q, k, v: (B, L, N, D), video tokens before text tokens    kv_len: (B,), valid tokens of each sample
+    q, k, v: (B, L, N, D), video tokens before text tokens
+    kv_len: (B,), valid tokens of each sample
     rotary: cos and sin, each (L_video, D); None leaves every token unrotated
     returns: (B, L, N * D), zero in the rows from kv_len on
     """

@@ -14,10 +14,11 @@ Grid = tuple[int, int, int]
 class PatchEmbedding(nn.Module):
     """A strided convolution that cuts the latent video into patches and projects each to one token.
 
-    latents: (B, C, T, H, W)    returns: (B, L, E), L = (T / pt) * (H / ph) * (W / pw), time slowest, width fastest
+    latents: (B, C, T, H, W)
+    returns: (B, L, E), L = (T / pt) * (H / ph) * (W / pw), time slowest, width fastest
 
-    Patches do not overlap, so it is computed as a matrix product: that is faster than the convolutions of
-    the vendor libraries, and 3D convolutions in low precision have been wrong in some of their releases.
+    Patches do not overlap, so this is one matrix product, and written as one: it costs the same and
+    keeps clear of low-precision 3D convolutions, which some cuDNN releases compute wrongly.
     """
 
     def __init__(self, patch_size: Grid, in_channels: int, dim: int) -> None:
@@ -45,7 +46,8 @@ def patchify(video: Tensor, patch_size: Grid) -> Tensor:
 def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid) -> Tensor:
     """The inverse of :func:`patchify`.
 
-    tokens: (B, t * h * w, C * pt * ph * pw)    grid: (t, h, w)    returns: (B, C, t * pt, h * ph, w * pw)
+    tokens: (B, t * h * w, C * pt * ph * pw)    grid: (t, h, w)
+    returns: (B, C, t * pt, h * ph, w * pw)
     """
     blocks = tokens.unflatten(2, (-1, *patch_size)).unflatten(
         1, grid
@@ -54,11 +56,11 @@ def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid) -> Tensor:
 
 
 def sinusoidal_embedding(values: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Cosines, then sines, of each value at ``dim / 2`` frequencies falling from 1 towards 1 / max_period.
+    """Cosines, then sines, of each value times ``dim / 2`` frequencies ``max_period^(-2i / dim)``.
 
     values: (B,), any floating dtype    returns: (B, dim), float32
 
-    Source: Vaswani et al., "Attention Is All You Need", section 3.5, with the two halves not interleaved.
+    Source: Vaswani et al., "Attention Is All You Need", section 3.5, with the halves side by side.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=values.device) / half
@@ -67,11 +69,12 @@ def sinusoidal_embedding(values: Tensor, dim: int, max_period: float = 10000.0) 
 
 
 class TimestepEmbedder(nn.Module):
-    """Embeds one number per sample (a timestep, a guidance scale) through a sinusoid and a small network.
+    """Embeds one number per sample (a timestep, a guidance scale) by a sinusoid and two layers.
 
     values: (B,)    returns: (B, E), dtype of the weights
 
-    The sinusoid is float32 whatever the dtype of the model: a timestep near 1000 in bfloat16 is off by up to 2.
+    The sinusoid is float32 whatever the dtype of the model: rounded to bfloat16, a timestep near
+    1000 would be off by up to 2.
     """
 
     FREQUENCIES_DIM = 256

@@ -24,7 +24,9 @@ class MLP(nn.Module):
 def embedding_mlp(in_features: int, dim: int, first: str, last: str) -> nn.Sequential:
     """Linear, SiLU, linear, as every condition passes on its way to the model width.
 
-    ``first`` and ``last`` name the linear layers: the checkpoint calls them differently from place to place.
+    x: (..., in_features)    returns: (..., dim)
+
+    ``first`` and ``last`` name the linear layers, which the checkpoint calls by several names.
     """
     layers = [(first, nn.Linear(in_features, dim)), ("act", nn.SiLU()), (last, nn.Linear(dim, dim))]
     return nn.Sequential(OrderedDict(layers))

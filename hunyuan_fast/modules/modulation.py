@@ -10,7 +10,7 @@ class Modulation(nn.Module):
 
     vec: (B, E)    returns: num_vectors tensors (B, E)
 
-    Source: Peebles and Xie, "Scalable Diffusion Models with Transformers", section 3.2 (adaLN-Zero).
+    Source: Peebles and Xie, "Scalable Diffusion Models with Transformers", section 3.2.
     """
 
     def __init__(self, dim: int, num_vectors: int) -> None:

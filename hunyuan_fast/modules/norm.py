@@ -9,8 +9,8 @@ class RMSNorm(nn.Module):
 
     x: (..., D), any floating dtype    returns: (..., D), dtype of x
 
-    Statistics and the division are in float32 at least; the result is rounded to the dtype of x before
-    it meets the weight, as in the arithmetic the released checkpoint was trained with.
+    Statistics and the division are in float32 at least; the result is rounded to the dtype of x
+    before it meets the weight, as in the arithmetic the released checkpoint was trained with.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", equation 4.
     """
 

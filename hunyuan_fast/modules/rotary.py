@@ -14,7 +14,7 @@ def rotary_tables(
     """Tables for a latent grid, computed once per grid and device.
 
     grid: tokens along (T, H, W)    dims: features turned by each axis, even, D in all
-    returns: cos, sin, each (T * H * W, D), float32; neighbouring features 2k and 2k + 1 share an angle
+    returns: cos, sin, each (T * H * W, D), float32; features 2k and 2k + 1 share an angle
 
     Under ``torch.compile`` the tables become part of the graph instead.
     """
@@ -35,10 +35,10 @@ def _cached_tables(
 def build_rotary_tables(
     grid: tuple[int, int, int], dims: tuple[int, int, int], theta: float, device: torch.device
 ) -> Tables:
-    """Angles ``position * theta^(-2k / d)`` for each axis of d features, side by side in the order T, H, W.
+    """Angles ``position * theta^(-2k / d)`` for each axis of d features, axes in the order T, H, W.
 
-    Positions are the integers 0, 1, 2, ... along each axis, without rescaling. Shapes as in :func:`rotary_tables`.
-    Source: Su et al., "RoFormer", section 3.2; technical report, section on the unified image and video architecture.
+    Positions are 0, 1, 2, ... along each axis, without rescaling.
+    Source: technical report, section 4.2; Su et al., "RoFormer", section 3.2.
     """
     angles = []
     for axis, (length, dim) in enumerate(zip(grid, dims, strict=True)):

@@ -16,8 +16,10 @@ STREAMS = ("img", "txt")
 class DoubleStreamBlock(nn.Module):
     """Video and text keep weights of their own and see each other in one joint attention.
 
-    img: (B, L_video, E)    txt: (B, L_text, E)    vec: (B, E)    rotary: cos and sin, each (L_video, D)
-    kv_len: (B,), L_video and the valid text tokens    returns: img, txt
+    img: (B, L_video, E)    txt: (B, L_text, E)    vec: (B, E)
+    rotary: cos and sin, each (L_video, D)
+    kv_len: (B,), L_video and the valid text tokens of each sample
+    returns: img, txt
 
     Both streams hold the same layers, under the prefixes ``img_`` and ``txt_``.
     Source: technical report, section 4.2 (dual-stream to single-stream design); Esser et al.,
@@ -87,11 +89,13 @@ class DoubleStreamBlock(nn.Module):
 class SingleStreamBlock(nn.Module):
     """Video and text share all weights; attention and network work side by side on the same input.
 
-    x: (B, L, E), video tokens before text tokens    vec: (B, E)    rotary: cos and sin, each (L_video, D)
-    kv_len: (B,)    returns: (B, L, E)
+    x: (B, L, E), video tokens before text tokens    vec: (B, E)
+    rotary: cos and sin, each (L_video, D)
+    kv_len: (B,), L_video and the valid text tokens of each sample
+    returns: (B, L, E)
 
-    Source: technical report, section 4.2; Dehghani et al., "Scaling Vision Transformers to 22 Billion
-    Parameters", section 2 (parallel layers).
+    Source: technical report, section 4.2; Dehghani et al., "Scaling Vision Transformers to 22
+    Billion Parameters", section 2 (parallel layers).
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_width: int) -> None:

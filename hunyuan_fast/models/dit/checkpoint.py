@@ -10,7 +10,7 @@ from hunyuan_fast.models.weights.rule import Rule
 
 
 class Layer(NamedTuple):
-    """A layer and the layers it is cut into along its rows in the diffusers layout: {name: number of rows}."""
+    """A native layer, and the layers that hold its rows in diffusers: {name: number of rows}."""
 
     native: str
     parts: dict[str, int]
@@ -118,7 +118,10 @@ FIXED = {"num_refiner_layers": REFINER_DEPTH, "qk_norm": "rms_norm", "image_cond
 
 
 def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
-    """The settings of diffusers' HunyuanVideoTransformer3DModel; raises ValueError where it has none that fit."""
+    """The settings of diffusers' HunyuanVideoTransformer3DModel.
+
+    Raises ValueError for a patch that is not square in space, which diffusers cannot express.
+    """
     pt, ph, pw = config.patch_size
     if ph != pw:
         raise ValueError(
@@ -145,8 +148,9 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
 
 
 def config_from_diffusers(settings: Mapping[str, Any]) -> TransformerConfig:
-    """The config of a diffusers config.json; settings it leaves out take diffusers' defaults, which are the 13B model's.
+    """The config that the settings in a diffusers config.json describe.
 
+    Settings it leaves out take the values of the 13B model, which are diffusers' defaults.
     Raises ValueError for another class of model and for settings this model has no counterpart of.
     """
     class_name = settings.get("_class_name", "HunyuanVideoTransformer3DModel")

@@ -7,10 +7,14 @@ from dataclasses import dataclass, fields
 class TransformerConfig:
     """Sizes of the transformer; the defaults are the released guidance-distilled 13B model.
 
-    rope_dim_list: features of a head turned by the position in (T, H, W), even; their sum is the head dimension
+    hidden_size, heads_num: E and N; a head has D = E / N features
+    mlp_width_ratio: width of the feed-forward networks of the blocks, in units of E
+    rope_dim_list: features of a head turned by the position in (T, H, W); even, D in all
     patch_size: latent frames, rows and columns in a token
-    text_states_dim, text_states_dim_2: widths of the language model's states and of the pooled CLIP vector
-    guidance_embed: whether the model was distilled to take its guidance scale as an input
+    in_channels, out_channels: channels of the latents and of the velocity
+    text_states_dim, text_states_dim_2: widths of the text states and of the pooled text vector
+    guidance_embed: whether the model takes the scale of its guidance as an input
+    rope_theta: base of the rotary frequencies
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -43,12 +47,13 @@ class TransformerConfig:
                 raise ValueError(f"{field.name} must be positive, got {value}")
         if self.hidden_size % self.heads_num:
             raise ValueError(
-                f"hidden_size must be a multiple of heads_num = {self.heads_num}, got {self.hidden_size}"
+                f"hidden_size must be a multiple of heads_num = {self.heads_num}, "
+                f"got {self.hidden_size}"
             )
         if any(dim % 2 for dim in self.rope_dim_list) or sum(self.rope_dim_list) != self.head_dim:
             raise ValueError(
-                f"rope_dim_list must be even numbers with the sum hidden_size / heads_num = {self.head_dim}, "
-                f"got {self.rope_dim_list}"
+                f"rope_dim_list must be even numbers with the sum hidden_size / heads_num = "
+                f"{self.head_dim}, got {self.rope_dim_list}"
             )
 
     @property

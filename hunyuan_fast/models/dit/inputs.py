@@ -15,7 +15,10 @@ def check_inputs(
     pooled_text: Tensor,
     guidance: Tensor | None,
 ) -> None:
-    """Raise ValueError or TypeError, naming the argument, where an input does not fit; reads no values."""
+    """Raise ValueError or TypeError, naming the argument, where an input does not fit.
+
+    Only shapes, dtypes and devices are looked at, so that the host never waits for the device.
+    """
     if latents.dim() != 5 or latents.shape[1] != config.in_channels:
         raise ValueError(
             f"latents must be (B, {config.in_channels}, T, H, W), got {tuple(latents.shape)}"
@@ -23,7 +26,8 @@ def check_inputs(
     for axis, size, patch in zip("THW", latents.shape[2:], config.patch_size, strict=True):
         if size == 0 or size % patch:
             raise ValueError(
-                f"latents must have {axis} a positive multiple of the patch size {patch}, got {axis} = {size}"
+                f"latents must have {axis} a positive multiple of the patch size {patch}, "
+                f"got {axis} = {size}"
             )
     if text_states.dim() != 3:
         raise ValueError(
@@ -31,7 +35,8 @@ def check_inputs(
         )
     if config.guidance_embed and guidance is None:
         raise ValueError(
-            "guidance must be a (B,) tensor, the guidance scale times 1000: the model was distilled to take it; got None"
+            "guidance must be a (B,) tensor, the guidance scale times 1000, since the model takes "
+            "its guidance as an input (guidance_embed=True); got None"
         )
 
     batch, text_length = latents.shape[0], text_states.shape[1]
@@ -63,8 +68,8 @@ def pack_text(text_states: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
 
     text_states: (B, L, C)    text_mask: (B, L)    returns: (B, L, C), (B,) int32
 
-    Text has no positions in the transformer, so moving tokens changes nothing, and a mask of any pattern
-    becomes a valid prefix, which attention can skip the rest of. Nothing is read back from the device.
+    Text has no positions in the transformer, so moving tokens changes nothing; and a mask of any
+    pattern becomes a length, which is all that attention needs. The host waits for nothing.
     """
     valid = text_mask.bool()
     order = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)

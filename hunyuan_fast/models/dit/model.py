@@ -20,7 +20,8 @@ from hunyuan_fast.modules.rotary import rotary_tables
 class HunyuanVideoTransformer(Pretrained, nn.Module):
     """Predicts the velocity (noise - data) of noisy video latents, given the time and a prompt.
 
-    Built from the keywords of :class:`TransformerConfig`; parameters are named as in the official checkpoint.
+    Built from the keywords of :class:`TransformerConfig`. Parameters are named as in the official
+    checkpoint.
     Source: technical report, section 4.2 (unified image and video generative architecture).
     """
 
@@ -56,14 +57,19 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
     ) -> Tensor:
         """The velocity at the noisy ``latents``.
 
-        latents: (B, C, T, H, W), multiples of the patch size    timestep: (B,) in [0, 1000], 1000 is pure noise
-        text_states: (B, L, text_states_dim)    text_mask: (B, L), bool or 0 / 1, any pattern; what it leaves out
-        has no influence    pooled_text: (B, text_states_dim_2)    guidance: (B,), the embedded scale times 1000;
-        a model without guidance embedding ignores it
-        returns: (B, out_channels, T, H, W), dtype of the final layer's weights
+        latents: (B, in_channels, T, H, W), each size a multiple of the patch's
+        timestep: (B,), from 0 (data) to 1000 (pure noise)
+        text_states: (B, L, text_states_dim), from the language model
+        text_mask: (B, L), bool or integers 0 and 1, of any pattern; what it leaves out, NaN
+            included, has no influence
+        pooled_text: (B, text_states_dim_2), from CLIP
+        guidance: (B,), the embedded guidance scale times 1000; a model without guidance embedding
+            ignores it
+        returns: (B, out_channels, T, H, W), dtype of the weights
 
-        Floating inputs of any dtype are taken; timestep and guidance are used in float32.
-        Raises ValueError for shapes and devices that do not fit and for missing guidance, TypeError for dtypes.
+        Floating inputs may have any dtype; timestep and guidance are used in float32.
+        Raises ValueError for shapes or devices that do not fit and for missing guidance, TypeError
+        for dtypes.
         """
         config = self.config
         check_inputs(config, latents, timestep, text_states, text_mask, pooled_text, guidance)
@@ -102,15 +108,16 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         return block(*inputs)
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Keep only the inputs of each block for the backward pass and compute the rest a second time."""
+        """Keep only the inputs of each block for the backward pass and compute the rest again."""
         self.gradient_checkpointing = enabled
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Set every parameter to its value before training, as the official model does.
 
-        Xavier uniform for the patch embedding, N(0, 0.02) for the timestep networks, zeros for all modulations
-        and the last projection, so that every block begins as the identity and the velocity as zero.
+        Xavier uniform for the patch embedding, N(0, 0.02) for the timestep networks, zeros for all
+        modulations and the last projection, so that every block begins as the identity and the
+        velocity as zero; torch's own initialisation elsewhere.
         """
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)

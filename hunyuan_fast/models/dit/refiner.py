@@ -39,12 +39,13 @@ class RefinerBlock(nn.Module):
 
 
 class TokenRefiner(nn.Module):
-    """Projects text states to the model width and refines them in the light of the time and of their mean.
+    """Projects text states to the model width and refines them, conditioned on time and their mean.
 
-    states: (B, L, text_dim), zero from text_len on    text_len: (B,)    timestep: (B,)    returns: (B, L, E)
+    states: (B, L, text_dim), zero from text_len on    text_len: (B,)    timestep: (B,)
+    returns: (B, L, E)
 
-    The causal language model lets a word see only the words before it; here all see all.
-    Source: technical report, section 4.2 (text encoder) and its bidirectional token refiner.
+    In the causal language model a word sees only the words before it; here all see all.
+    Source: technical report, section 4.3.
     """
 
     def __init__(self, text_dim: int, dim: int, num_heads: int) -> None:
