@@ -20,8 +20,9 @@ BLOCKS = ("double_blocks", "single_blocks")
 
 
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The e4m3 weight and its bfloat16 scale () with weight ~ weight8 * scale, scale = max|weight| / 448.
+    """The e4m3 weight and its bfloat16 scale (), with scale = max|weight| / 448.
 
+    weight: any shape and float dtype; it is about weight8 * scale.
     Raises ValueError for a weight that is not finite.
     """
     largest = weight.detach().abs().max().float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -147,8 +148,7 @@ def official_transformer(entries: Mapping[str, Entry], place: Path) -> dict[str,
         "rope_dim_list": (16, 56, 56),
         "patch_size": tuple(patch),
         "in_channels": channels,
-        "out_channels": shape("final_layer.linear.weight", 2)[0]
-        // (patch[0] * patch[1] * patch[2]),
+        "out_channels": shape("final_layer.linear.weight", 2)[0] // max(1, math.prod(patch)),
         "text_states_dim": shape("txt_in.input_embedder.weight", 2)[1],
         "text_states_dim_2": shape("vector_in.in_layer.weight", 2)[1],
         "guidance_embed": any(name.startswith("guidance_in.") for name in entries),

@@ -74,8 +74,8 @@ def load(
     quantized = [
         name for name in entries if entries[name].dtype == FP8 and located.layout != "diffusers"
     ]
-    for name in quantized:
-        table[name + SCALE_SUFFIX] = Slot(name + SCALE_SUFFIX, ())
+    scales = {name + SCALE_SUFFIX: Slot(name + SCALE_SUFFIX, ()) for name in quantized}
+    table |= scales
     check_names(table, located)
     check_shapes(table, located)
 
@@ -90,7 +90,7 @@ def load(
         entry, slot = entries[name], table[name]
         if manifest is not None:
             manifest.check_tensor(entry.file, name, value)
-        kept = keep_fp8 and (slot.native in quantized or name.endswith(SCALE_SUFFIX))
+        kept = name in scales or (keep_fp8 and entry.dtype == FP8)
         target.put(slot, value, entry.dtype if kept else _dtype(entry, dtype))
     if not keep_fp8:
         target.expand(quantized)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from hunyuan_fast.models.weights.errors import CheckpointError
 from hunyuan_fast.models.weights.files import read_json
-from hunyuan_fast.models.weights.hub import resolve
+from hunyuan_fast.models.weights.hub import USEFUL, inside, resolve
 from hunyuan_fast.models.weights.layout import (
     FORMAT,
+    OFFICIAL_WEIGHTS,
     STEM,
     Layout,
     component_layout,
@@ -51,11 +52,14 @@ def locate(path_or_repo: str | Path, subfolder: str | None, component: str) -> L
 
     Raises CheckpointError when there are none.
     """
-    root = resolve(path_or_repo)
+    only = USEFUL if subfolder is None else ["*.json", f"{subfolder}/*"]
+    if subfolder in OFFICIAL_WEIGHTS:
+        only = [*only, OFFICIAL_WEIGHTS[subfolder]]
+    root = resolve(path_or_repo, only=only)
     if root.is_dir() and subfolder in (None, component) and pipeline_layout(root) is not None:
         place = describe(root).require(component)
     else:
-        place = resolve(path_or_repo, subfolder=subfolder)
+        place = root if subfolder is None else inside(root, subfolder)
     return _file(place) if place.is_file() else _folder(place)
 
 
@@ -72,13 +76,15 @@ def _file(file: Path) -> Located:
     layout: Layout = "official"
     if stored.get("format") == FORMAT and (file.parent / MANIFEST).is_file():
         layout = "native"
-    elif any(
-        name.partition(".")[0] in _DIFFUSERS_ROOTS for name in source.entries
-    ) or file.name.startswith(STEM["diffusers"]):
+    elif file.name.startswith(STEM["diffusers"]) or _has_diffusers_names(source):
         layout = "diffusers"
     return Located(
         layout=layout, source=source, place=file, config=config if config.is_file() else None
     )
+
+
+def _has_diffusers_names(source: Source) -> bool:
+    return any(name.partition(".")[0] in _DIFFUSERS_ROOTS for name in source.entries)
 
 
 def _folder(folder: Path) -> Located:

@@ -3,8 +3,8 @@
 Neither safetensors nor torch files detect one. A digest is the CRC-32 of a whole file or, in a
 weights file, of its header and of each tensor, so that a tensor is verified as it is read and named
 when it is wrong. CRC-32 finds every error of up to 32 neighbouring bits and misses others once in
-4e9 files; it guards against faults, not against an adversary. It was chosen for its speed: 6.3 GiB/s
-on one core with zlib's carry-less multiplication, where SHA-256 reaches 1.9 GiB/s.
+4e9 times; it guards against faults, not against an adversary. It was chosen for its speed: on one
+core 6.3 GiB/s with zlib's carry-less multiplication, where SHA-256 reaches 1.9 GiB/s.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHUNK = 1 << 20
 
 def tensor_digest(tensor: Tensor) -> int:
     """CRC-32 of the bytes of a contiguous CPU tensor."""
-    return zlib.crc32(memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()))
+    return zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def file_digest(path: Path, *, start: int = 0, length: int | None = None) -> int:

@@ -61,7 +61,7 @@ class Pretrained:
             Hugging Face Hub or "nano"; native, diffusers or official layout, recognised by content.
         dtype: of the parameters; None keeps the stored one.
         config: for files that have none beside them; else the stored one is used.
-        keep_fp8: fp8 weights stay fp8 and are expanded at each call; otherwise they are expanded now.
+        keep_fp8: fp8 weights stay fp8 and are expanded at each call; else they are expanded now.
         verify: compare the digests of the native layout.
         Raises CheckpointError (a ValueError) naming the file and the first wrong key; ValueError
         for a device or dtype that cannot be used.

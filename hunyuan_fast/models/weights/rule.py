@@ -31,7 +31,4 @@ class Rule:
 
     def views(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Each diffusers name with the rows of the native `tensor` that it holds, as a view."""
-        if tensor.dim() == 0:
-            yield self.diffusers[0], tensor
-            return
         yield from zip(self.diffusers, tensor.split(list(self.rows)), strict=True)

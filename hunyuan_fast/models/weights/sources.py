@@ -46,7 +46,8 @@ class Source(Protocol):
     of a mapped file, so it is to be copied before the next one is asked for.
     """
 
-    entries: Mapping[str, Entry]
+    @property
+    def entries(self) -> Mapping[str, Entry]: ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]: ...
 
@@ -170,7 +171,7 @@ class TorchSource:
             if value.dtype not in _DTYPES.values():
                 raise CheckpointError(f"{file}: {name} has dtype {value.dtype}, expected floats")
         self._state: dict[str, Tensor] = dict(state)
-        self.entries = {
+        self.entries: dict[str, Entry] = {
             name: Entry(file, tuple(value.shape), value.dtype) for name, value in state.items()
         }
         if any(value.dtype == torch.float8_e4m3fn for value in self._state.values()):
@@ -211,17 +212,21 @@ def _load_torch(file: Path) -> dict[Any, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file}: refused, the pickle is damaged or holds more than tensors and could run code "
-            f"({str(error).splitlines()[0]}); convert it to safetensors where you trust it"
+            f"({_first_line(error)}); convert it to safetensors where you trust it"
         ) from error
     # A damaged pickle may fail in any way that the unpickler's instructions can.
     except Exception as error:
         raise CheckpointError(
-            f"{file}: truncated or damaged ({type(error).__name__}: {str(error).splitlines()[:1]}); "
+            f"{file}: truncated or damaged ({type(error).__name__}: {_first_line(error)}); "
             "fetch the file again"
         ) from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{file}: expected a dict of tensors, got {type(data).__name__}")
     return data
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
 
 
 def _check_archive(file: Path) -> None:

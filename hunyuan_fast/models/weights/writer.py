@@ -63,17 +63,15 @@ def save(
     layout: Layout,
     max_shard_bytes: int,
 ) -> None:
-    """Write the model's weights and config into the folder `path`, which appears whole or not at all.
+    """Write weights and config into the folder `path`, which appears whole or not at all.
 
-    fp8 weights keep their form in our layout; diffusers has none for them, they are expanded there.
+    fp8 weights keep their form in our layout; diffusers has none, they are expanded there.
     Raises CheckpointError where `path` is taken, OSError where it cannot be written.
     """
     pieces = list(_pieces(model.state_dict(), names.rules(config), layout))
     for piece in pieces:
         if piece.value.is_meta:
-            raise ValueError(
-                f"the model has no weights to save: {piece.name} is on the meta device"
-            )
+            raise ValueError(f"the model has no values to save: {piece.name} is on meta")
     text = config_json(config, component, names, layout)
     with atomic_folder(path, ours=lambda folder: _same_model(folder, component)) as folder:
         (folder / "config.json").write_text(text, encoding="utf-8")
@@ -84,14 +82,13 @@ def save(
 
 def _pieces(state: dict[str, Tensor], rules: Sequence[Rule], layout: Layout) -> Iterator[Piece]:
     named = {rule.native for rule in rules}
-    scales = (
-        {name: state[name] for name in state if name.endswith(SCALE_SUFFIX)}
-        if any(value.dtype == FP8 for value in state.values())
-        else {}
-    )
-    assert named == set(state) - set(scales), "the rules do not name every parameter"
+    scales = {name + SCALE_SUFFIX for name, value in state.items() if value.dtype == FP8}
+    assert named == set(state) - scales, "the rules do not name every parameter"
     for rule in rules:
-        value, scale = state[rule.native], scales.get(rule.native + SCALE_SUFFIX)
+        value = state[rule.native]
+        scale: Tensor | None = None
+        if rule.native + SCALE_SUFFIX in scales:
+            scale = state[rule.native + SCALE_SUFFIX]
         if layout == "diffusers":
             for name, view in rule.views(value):
                 yield Piece(name, view, scale, rule.swap_halves)
