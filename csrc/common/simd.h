@@ -1,20 +1,21 @@
-// Vectors of floats as wide as the instruction set a file is compiled for, over GCC and Clang
-// vector extensions.
+// Vectors of floats as wide as the instruction set that a file is compiled for, over the vector
+// extensions of GCC and Clang; intrinsics only where the compilers generate poor code for those.
 //
-// A kernel file is compiled once per instruction set.  Define HUNYUAN_FAST_ISA before including this
-// header: it names the inner namespace, so that the linker cannot merge an AVX-512 body with the
-// portable one.  For the same reason such files must not use templates of the standard library.
+// A kernel is compiled once per instruction set. Define HUNYUAN_FAST_ISA (plain, avx2 or avx512)
+// before including this header: it names the inner namespace, so that the linker cannot merge an
+// AVX-512 body with the plain one. For the same reason such files use no templates of the standard
+// library.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 #ifndef HUNYUAN_FAST_ISA
-#error "define HUNYUAN_FAST_ISA (avx512, avx2 or portable) before including common/simd.h"
+#error "define HUNYUAN_FAST_ISA before including common/simd.h"
 #endif
 
 namespace hunyuan_fast::HUNYUAN_FAST_ISA {
@@ -28,139 +29,143 @@ constexpr int kLanes = 4;
 #endif
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
-typedef int32_t VecMask __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecInt __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecBits __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecHalf __attribute__((vector_size(kLanes * 2)));
 
-// What a row in memory holds; arithmetic is always in float.
+// What a row holds in memory; arithmetic is in float, whatever it is.
 struct Float32 {
-  using Storage = float;
+    using Storage = float;
 };
 struct BFloat16 {
-  using Storage = uint16_t;
+    using Storage = uint16_t;
 };
 struct Float16 {
-  using Storage = uint16_t;
+    using Storage = uint16_t;
 };
 
-inline Vec broadcast(float value) { return Vec{} + value; }
-
-inline Vec load(Float32, float const* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
+template <class V, class T>
+inline V load_as(T const* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
 }
 
-inline void store(Float32, float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
-
-inline Vec load(BFloat16, uint16_t const* p) {
-  VecHalf half;
-  std::memcpy(&half, p, sizeof(half));
-  return (Vec)(__builtin_convertvector(half, VecBits) << 16);
-}
-
-// Round to nearest even on the bits: vcvtneps2bf16 would flush denormals.
-inline void store(BFloat16, uint16_t* p, Vec v) {
-  VecBits const bits = (VecBits)v;
-  VecBits const rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  VecBits const is_nan = (VecBits)(v != v);
-  VecBits const result = (rounded & ~is_nan) | (((bits >> 16) | 0x40u) & is_nan);
-  VecHalf const half = __builtin_convertvector(result, VecHalf);
-  std::memcpy(p, &half, sizeof(half));
+template <class V, class T>
+inline void store_as(T* p, V v) {
+    std::memcpy(p, &v, sizeof v);
 }
 
 #if defined(__AVX512F__)
-inline Vec load(Float16, uint16_t const* p) {
-  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<__m256i const*>(p)));
+// The zero-masked forms: for the others g++ 12 warns of an uninitialised value in its own header.
+constexpr __mmask16 kAll = 0xffff;
+inline VecBits widen(VecHalf half) { return (VecBits)_mm512_maskz_cvtepu16_epi32(kAll, (__m256i)half); }
+inline VecHalf narrow(VecBits bits) { return (VecHalf)_mm512_maskz_cvtepi32_epi16(kAll, (__m512i)bits); }
+inline VecBits quiet(VecBits rounded, Vec v) {
+    __mmask16 const is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    return (VecBits)_mm512_mask_or_epi32((__m512i)rounded, is_nan, (__m512i)v, _mm512_set1_epi32(0x400000));
 }
-
-inline void store(Float16, uint16_t* p, Vec v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-}
-#elif defined(__AVX2__) && defined(__F16C__)
-inline Vec load(Float16, uint16_t const* p) {
-  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<__m128i const*>(p)));
-}
-
-inline void store(Float16, uint16_t* p, Vec v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+inline Vec from_half(VecHalf half) { return (Vec)_mm512_maskz_cvtph_ps(kAll, (__m256i)half); }
+inline VecHalf to_half(Vec v) {
+    return (VecHalf)_mm512_maskz_cvtps_ph(kAll, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #else
-inline float float_from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
+// `rounded`, or in the lanes where v is NaN a quiet NaN of the same payload.
+inline VecBits quiet(VecBits rounded, Vec v) {
+    VecBits const is_nan = (VecBits)(v != v);
+    return (rounded & ~is_nan) | (((VecBits)v | 0x400000u) & is_nan);
+}
+#if defined(__AVX2__)
+inline VecBits widen(VecHalf half) { return (VecBits)_mm256_cvtepu16_epi32((__m128i)half); }
+inline VecHalf narrow(VecBits bits) {
+    __m256i const packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
+    return (VecHalf)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+inline Vec from_half(VecHalf half) { return (Vec)_mm256_cvtph_ps((__m128i)half); }
+inline VecHalf to_half(Vec v) { return (VecHalf)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+inline VecBits widen(VecHalf half) { return __builtin_convertvector(half, VecBits); }
+inline VecHalf narrow(VecBits bits) { return __builtin_convertvector(bits, VecHalf); }
+
+inline float half_lane(uint16_t half) {
+    uint32_t const sign = uint32_t(half & 0x8000u) << 16;
+    uint32_t const exponent = (half >> 10) & 0x1fu;
+    uint32_t const mantissa = half & 0x3ffu;
+    float const subnormal = float(mantissa) * 0x1p-24f;
+    uint32_t bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+    if (exponent == 0x1fu) bits = sign | 0x7f800000u | (mantissa << 13);
+    if (exponent == 0) bits = sign | load_as<uint32_t>(&subnormal);
+    return load_as<float>(&bits);
 }
 
-inline uint32_t bits_from_float(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
+inline uint16_t to_half_lane(float value) {
+    uint32_t const bits = load_as<uint32_t>(&value);
+    uint32_t const magnitude = bits & 0x7fffffffu;
+    uint16_t const sign = uint16_t((bits >> 16) & 0x8000u);
+    if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
+    if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
+    if (magnitude < 0x38800000u) {
+        // No normal half: adding 1/2 rounds to a multiple of 2^-24 and leaves it in the low bits.
+        float const shifted = load_as<float>(&magnitude) + 0.5f;
+        return uint16_t(sign | (load_as<uint32_t>(&shifted) - 0x3f000000u));
+    }
+    return uint16_t(sign | ((magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13));
 }
 
-inline float float_from_half(uint16_t half) {
-  uint32_t const sign = uint32_t(half & 0x8000u) << 16;
-  uint32_t const exponent = (half >> 10) & 0x1fu;
-  uint32_t const mantissa = half & 0x3ffu;
-  if (exponent == 0x1fu) return float_from_bits(sign | 0x7f800000u | (mantissa << 13));
-  if (exponent != 0) return float_from_bits(sign | ((exponent + 112) << 23) | (mantissa << 13));
-  float const magnitude = float(mantissa) * 0x1p-24f;
-  return float_from_bits(sign | bits_from_float(magnitude));
+inline Vec from_half(VecHalf half) {
+    Vec v{};
+    for (int i = 0; i < kLanes; ++i) v[i] = half_lane(half[i]);
+    return v;
 }
-
-inline uint16_t half_from_float(float value) {
-  uint32_t const bits = bits_from_float(value);
-  uint16_t const sign = uint16_t((bits >> 16) & 0x8000u);
-  uint32_t const magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
-  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
-  if (magnitude < 0x38800000u) {
-    // Below the smallest normal half: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits.
-    return uint16_t(sign | (bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000u));
-  }
-  uint32_t const rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
-  return uint16_t(sign | ((rounded - 0x38000000u) >> 13));
-}
-
-inline Vec load(Float16, uint16_t const* p) {
-  Vec v{};
-  for (int i = 0; i < kLanes; ++i) v[i] = float_from_half(p[i]);
-  return v;
-}
-
-inline void store(Float16, uint16_t* p, Vec v) {
-  for (int i = 0; i < kLanes; ++i) p[i] = half_from_float(v[i]);
+inline VecHalf to_half(Vec v) {
+    VecHalf half{};
+    for (int i = 0; i < kLanes; ++i) half[i] = to_half_lane(v[i]);
+    return half;
 }
 #endif
+#endif
 
-// The last `count` < kLanes elements of a row; the other lanes read as zero and are not written.
+inline Vec load(Float32, float const* p) { return load_as<Vec>(p); }
+inline Vec load(Float16, uint16_t const* p) { return from_half(load_as<VecHalf>(p)); }
+inline Vec load(BFloat16, uint16_t const* p) { return (Vec)(widen(load_as<VecHalf>(p)) << 16); }
+
+inline void store(Float32, float* p, Vec v) { store_as(p, v); }
+inline void store(Float16, uint16_t* p, Vec v) { store_as(p, to_half(v)); }
+// To nearest even on the bits: the bfloat16 instructions would flush denormals.
+inline void store(BFloat16, uint16_t* p, Vec v) {
+    VecBits const bits = (VecBits)v;
+    store_as(p, narrow(quiet(bits + 0x7fffu + ((bits >> 16) & 1u), v) >> 16));
+}
+
+// The last `count` < kLanes elements of a row: the other lanes read as zero and are not written.
 template <class T>
 inline Vec load_tail(T type, typename T::Storage const* p, int64_t count) {
-  typename T::Storage lanes[kLanes] = {};
-  std::memcpy(lanes, p, size_t(count) * sizeof(*p));
-  return load(type, lanes);
+    typename T::Storage lanes[kLanes] = {};
+    std::memcpy(lanes, p, size_t(count) * sizeof *p);
+    return load(type, lanes);
 }
 
 template <class T>
 inline void store_tail(T type, typename T::Storage* p, Vec v, int64_t count) {
-  typename T::Storage lanes[kLanes];
-  store(type, lanes, v);
-  std::memcpy(p, lanes, size_t(count) * sizeof(*p));
+    typename T::Storage lanes[kLanes];
+    store(type, lanes, v);
+    std::memcpy(p, lanes, size_t(count) * sizeof *p);
 }
 
 // Zero in every lane from `count` on.
 inline Vec keep_lanes(Vec v, int64_t count) {
-  VecMask lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return (Vec)((VecMask)v & (lane < int32_t(count)));
+    VecInt lane{};
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    return (Vec)((VecInt)v & (lane < (VecInt{} + int32_t(count))));
 }
 
 inline double sum_lanes(Vec v) {
-  double sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += double(v[i]);
-  return sum;
+    double lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = double(v[i]);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    }
+    return lanes[0];
 }
 
 }  // namespace hunyuan_fast::HUNYUAN_FAST_ISA
