@@ -27,7 +27,9 @@ def self_attention(
     returns: (B, L, N * D), zero in the rows from kv_len on
     """
     if rotary is None:
-        return attention(q, k, v, kv_len=kv_len).flatten(2)
-    cos, sin = rotary
-    joined = rope3d_attention(q, k, v, cos, sin, num_video_tokens=cos.shape[0], kv_len=kv_len)
+        joined = attention(q, k, v, kv_len=kv_len)
+    else:
+        cos, sin = rotary
+        joined = rope3d_attention(q, k, v, cos, sin, num_video_tokens=cos.shape[0], kv_len=kv_len)
+    assert isinstance(joined, Tensor), "the log-sum-exp was not asked for"
     return joined.flatten(2)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hunyuan_fast.modules.mlp import embedding_mlp
+from hunyuan_fast.modules.mlp import EmbeddingMLP
 
 Grid = tuple[int, int, int]
 
@@ -81,9 +81,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.mlp = embedding_mlp(self.FREQUENCIES_DIM, dim, "0", "2")
+        self.mlp = EmbeddingMLP(self.FREQUENCIES_DIM, dim, "0", "2")
 
     def forward(self, values: Tensor) -> Tensor:
-        return self.mlp(
-            sinusoidal_embedding(values, self.FREQUENCIES_DIM).to(self.mlp[0].weight.dtype)
-        )
+        return self.mlp(sinusoidal_embedding(values, self.FREQUENCIES_DIM))

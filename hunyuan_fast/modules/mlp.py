@@ -21,12 +21,21 @@ class MLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-def embedding_mlp(in_features: int, dim: int, first: str, last: str) -> nn.Sequential:
+class EmbeddingMLP(nn.Sequential):
     """Linear, SiLU, linear, as every condition passes on its way to the model width.
 
-    x: (..., in_features)    returns: (..., dim)
+    x: (..., in_features), any floating dtype    returns: (..., dim), dtype of the weights
 
     ``first`` and ``last`` name the linear layers, which the checkpoint calls by several names.
     """
-    layers = [(first, nn.Linear(in_features, dim)), ("act", nn.SiLU()), (last, nn.Linear(dim, dim))]
-    return nn.Sequential(OrderedDict(layers))
+
+    def __init__(self, in_features: int, dim: int, first: str, last: str) -> None:
+        layers = [
+            (first, nn.Linear(in_features, dim)),
+            ("act", nn.SiLU()),
+            (last, nn.Linear(dim, dim)),
+        ]
+        super().__init__(OrderedDict(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(next(self.parameters()).dtype))

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hunyuan_fast.modules.mlp import MLP, embedding_mlp
+from hunyuan_fast.modules.mlp import MLP, EmbeddingMLP
 from hunyuan_fast.modules.modulation import Modulation, gate_residual
 
 
@@ -27,13 +27,13 @@ def test_gate_residual_uses_the_gate_of_each_sample(generator):
     torch.testing.assert_close(gate_residual(x, y, gate), expected)
 
 
-def test_mlp_and_embedding_mlp_name_their_layers(generator):
+def test_networks_name_their_layers(generator):
     x = torch.randn(3, 6, generator=generator)
     mlp = MLP(6, 10, nn.GELU(approximate="tanh"))
     assert set(mlp.state_dict()) == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
     torch.testing.assert_close(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x), approximate="tanh")))
 
-    embedding = embedding_mlp(6, 4, "in_layer", "out_layer")
+    embedding = EmbeddingMLP(6, 4, "in_layer", "out_layer")
     assert {name.split(".")[0] for name in embedding.state_dict()} == {"in_layer", "out_layer"}
     expected = embedding.out_layer(F.silu(embedding.in_layer(x)))
     torch.testing.assert_close(embedding(x), expected)

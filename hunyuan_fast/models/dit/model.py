@@ -13,7 +13,7 @@ from hunyuan_fast.models.dit.inputs import check_inputs, pack_text
 from hunyuan_fast.models.dit.refiner import TokenRefiner
 from hunyuan_fast.models.weights import Pretrained
 from hunyuan_fast.modules.embedding import PatchEmbedding, TimestepEmbedder, unpatchify
-from hunyuan_fast.modules.mlp import embedding_mlp
+from hunyuan_fast.modules.mlp import EmbeddingMLP
 from hunyuan_fast.modules.rotary import rotary_tables
 
 
@@ -37,7 +37,7 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         self.img_in = PatchEmbedding(config.patch_size, config.in_channels, dim)
         self.txt_in = TokenRefiner(config.text_states_dim, dim, config.heads_num)
         self.time_in = TimestepEmbedder(dim)
-        self.vector_in = embedding_mlp(config.text_states_dim_2, dim, "in_layer", "out_layer")
+        self.vector_in = EmbeddingMLP(config.text_states_dim_2, dim, "in_layer", "out_layer")
         self.guidance_in = TimestepEmbedder(dim) if config.guidance_embed else None
 
         doubles, singles = config.mm_double_blocks_depth, config.mm_single_blocks_depth
@@ -97,9 +97,7 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         self, timestep: Tensor, pooled_text: Tensor, guidance: Tensor | None
     ) -> Tensor:
         """The vector (B, E) that modulates every block."""
-        vec = self.time_in(timestep) + self.vector_in(
-            pooled_text.to(self.vector_in[0].weight.dtype)
-        )
+        vec = self.time_in(timestep) + self.vector_in(pooled_text)
         return vec if self.guidance_in is None else vec + self.guidance_in(guidance)
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:
@@ -124,11 +122,11 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
             if reset is not None:
                 reset()
         nn.init.xavier_uniform_(self.img_in.proj.weight.flatten(1))
-        nn.init.zeros_(self.img_in.proj.bias)
+        nn.init.zeros_(self.img_in.proj.get_parameter("bias"))
         for name, module in self.named_modules():
             if isinstance(module, TimestepEmbedder):
-                nn.init.normal_(module.mlp[0].weight, std=0.02)
-                nn.init.normal_(module.mlp[2].weight, std=0.02)
+                for layer in ("0", "2"):
+                    nn.init.normal_(module.mlp.get_parameter(f"{layer}.weight"), std=0.02)
             elif isinstance(module, nn.Linear) and _starts_at_zero(name):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)

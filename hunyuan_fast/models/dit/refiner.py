@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from hunyuan_fast.modules.attention import self_attention, split_heads
 from hunyuan_fast.modules.embedding import TimestepEmbedder
-from hunyuan_fast.modules.mlp import MLP, embedding_mlp
+from hunyuan_fast.modules.mlp import MLP, EmbeddingMLP
 from hunyuan_fast.modules.modulation import gate_residual
 
 DEPTH = 2
@@ -38,6 +38,19 @@ class RefinerBlock(nn.Module):
         return gate_residual(x, self.mlp(self.norm2(x)), mlp_gate)
 
 
+class RefinerStack(nn.Module):
+    """The refiner's blocks in a row: a level of its own in the names of the checkpoint."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(RefinerBlock(dim, num_heads) for _ in range(DEPTH))
+
+    def forward(self, x: Tensor, condition: Tensor, text_len: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, condition, text_len)
+        return x
+
+
 class TokenRefiner(nn.Module):
     """Projects text states to the model width and refines them, conditioned on time and their mean.
 
@@ -52,19 +65,13 @@ class TokenRefiner(nn.Module):
         super().__init__()
         self.input_embedder = nn.Linear(text_dim, dim)
         self.t_embedder = TimestepEmbedder(dim)
-        self.c_embedder = embedding_mlp(text_dim, dim, "linear_1", "linear_2")
-        blocks = nn.ModuleList(RefinerBlock(dim, num_heads) for _ in range(DEPTH))
-        self.individual_token_refiner = nn.ModuleDict({"blocks": blocks})
+        self.c_embedder = EmbeddingMLP(text_dim, dim, "linear_1", "linear_2")
+        self.individual_token_refiner = RefinerStack(dim, num_heads)
 
     def forward(self, states: Tensor, text_len: Tensor, timestep: Tensor) -> Tensor:
-        dtype = self.input_embedder.weight.dtype
-        mean = (
-            states.sum(1, dtype=torch.promote_types(states.dtype, torch.float32))
-            / text_len.clamp(min=1)[:, None]
-        )
-        condition = self.t_embedder(timestep) + self.c_embedder(mean.to(dtype))
+        wide = torch.promote_types(states.dtype, torch.float32)
+        mean = states.sum(1, dtype=wide) / text_len.clamp(min=1)[:, None]
+        condition = self.t_embedder(timestep) + self.c_embedder(mean)
 
-        x = self.input_embedder(states.to(dtype))
-        for block in self.individual_token_refiner["blocks"]:
-            x = block(x, condition, text_len)
-        return x
+        x = self.input_embedder(states.to(self.input_embedder.weight.dtype))
+        return self.individual_token_refiner(x, condition, text_len)
