@@ -153,9 +153,15 @@ def _check_name(name: str) -> None:
 
 @cache
 def _verified(op: str) -> tuple[tuple[ModuleType, frozenset[str]], ...]:
-    if missing := _native_missing():
-        _log.warning("%s: ops run on the other implementations, which may be slower", missing)
+    _say_what_is_missing()
     return tuple((impl, impl.VERIFIED_ON) for impl in implementations(op).values())
+
+
+@cache
+def _say_what_is_missing() -> None:
+    """Cached, so that it is said once: when the first op chooses, not on import."""
+    if missing := _native_missing():
+        _log.warning("%s; ops run on the other implementations, which may be slower", missing)
 
 
 @cache
