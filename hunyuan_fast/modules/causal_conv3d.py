@@ -20,13 +20,15 @@ def causal_conv3d(
     Returns (B, O, (T-1)//st + 1, (H-1)//sh + 1, (W-1)//sw + 1) in x.dtype.
     Source: technical report, section 4.1 (CausalConv3D).
     """
-    kernel = weight.shape[-1]
-    side = kernel // 2
+    side = weight.shape[-1] // 2
+    if side == 0 and stride == (1, 1, 1):
+        # a matrix product over channels-last values, on every device and in every layout of torch
+        return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     if x.shape[2] == 1:
         # every temporal tap sees the one frame there is, so the taps add up
         weight = weight.sum(2, keepdim=True)
     padding = (side, side, side, side, weight.shape[2] - 1, 0)
-    padded = F.pad(x, padding, mode="replicate") if kernel > 1 else x
+    padded = F.pad(x, padding, mode="replicate") if side else x
     return conv3d_valid(padded, weight, bias, stride=stride)
 
 

@@ -13,6 +13,7 @@ from hunyuan_fast.models.vae.decoder import Decoder
 from hunyuan_fast.models.vae.encoder import Encoder
 from hunyuan_fast.models.vae.posterior import DiagonalGaussian
 from hunyuan_fast.models.vae.tiling import PRESETS, Axis, Tiling, map_spatial_tiles, map_temporal_tiles
+from hunyuan_fast.modules.causal_conv3d import causal_conv3d
 
 
 class HunyuanVideoVAE(nn.Module):
@@ -69,7 +70,9 @@ class HunyuanVideoVAE(nn.Module):
         return self._decode(z)
 
     def _encode_moments(self, video: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(video))
+        moments = self.encoder(video.contiguous(memory_format=torch.channels_last_3d))
+        return causal_conv3d(moments, self.quant_conv.weight, self.quant_conv.bias)
 
     def _decode(self, z: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(z))
+        z = z.contiguous(memory_format=torch.channels_last_3d)
+        return self.decoder(causal_conv3d(z, self.post_quant_conv.weight, self.post_quant_conv.bias))
