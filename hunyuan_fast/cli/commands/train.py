@@ -1,0 +1,41 @@
+"""Train a model from nothing: the embedded miniature nano."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hunyuan_fast.cli.errors import UsageError
+from hunyuan_fast.cli.parsing import parse
+
+RECIPES = ("nano",)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Choose the recipe by the first word; the options are the recipe's own fields."""
+    words = list(argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: hunyuan-fast train {{{','.join(RECIPES)}}} [OPTIONS]\n\n{__doc__}")
+        return
+    if words[0] not in RECIPES:
+        raise UsageError(f"no recipe {words[0]!r}; expected one of {', '.join(RECIPES)}")
+    _nano(words[1:])
+
+
+def _nano(argv: Sequence[str]) -> None:
+    from hunyuan_fast.trainer.nano import NanoRecipe, train
+
+    @dataclass(frozen=True)
+    class Options:
+        """Train the miniature that ships with the package, in place of it or beside it."""
+
+        out: Path = Path("runs/nano")
+        """Folder of the checkpoints and of the finished model."""
+        resume: bool = False
+        """Go on from the last checkpoint in the folder."""
+        recipe: NanoRecipe = field(default_factory=NanoRecipe)
+        debug: bool = False
+        """Show the traceback of an error."""
+
+    options: Any = parse(Options, argv, "train nano", __doc__)
+    train(options.recipe, options.out, resume=options.resume)

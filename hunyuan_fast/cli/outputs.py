@@ -1,0 +1,96 @@
+"""Where results go: names, and the trial of the place before the work starts."""
+
+import contextlib
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hunyuan_fast.cli.errors import CommandError, UsageError
+
+
+def output_paths(out: Path | None, count: int, suffix: str, *, stem: str) -> tuple[Path, ...]:
+    """The names of ``count`` files with this suffix.
+
+    ``out.mp4`` becomes ``out_0.mp4``, ``out_1.mp4``, ... for several. Without ``out`` it is the
+    first free ``<stem>-0001.mp4``, ``<stem>-0002.mp4``, ... of the current directory.
+
+    Raises:
+        UsageError: ``out`` is a directory or has another suffix.
+    """
+    if out is None:
+        number = 1
+        while any(Path().glob(f"{stem}-{number:04d}[._]*")):
+            number += 1
+        out = Path(f"{stem}-{number:04d}{suffix}")
+    if out.is_dir():
+        raise UsageError(f"-o must be a file name, got the directory {out}; add a name to it")
+    if out.suffix.lower() != suffix:
+        what = "a video" if suffix == ".mp4" else "one frame"
+        raise UsageError(f"-o must end in {suffix} for {what}, got {str(out)!r}")
+    if count == 1:
+        return (out,)
+    return tuple(out.with_name(f"{out.stem}_{index}{out.suffix}") for index in range(count))
+
+
+@contextlib.contextmanager
+def tried(paths: Sequence[Path], *, overwrite: bool, size: int) -> Iterator[None]:
+    """Make sure that files can be written before the work inside the block starts.
+
+    Missing directories are created, and removed again if the block fails and they are empty.
+
+    Args:
+        size: bytes that the files may need together.
+
+    Raises:
+        CommandError: a file exists and ``overwrite`` is false, is no regular file, or the disk
+            has too little room.
+        OSError: a name is too long or a directory is not writable.
+    """
+    created: list[Path] = []
+    try:
+        for path in paths:
+            created += _make_directories(path.parent)
+            _try_place(path, overwrite)
+        free = shutil.disk_usage(paths[0].parent).free
+        if free < size:
+            raise CommandError(
+                f"{paths[0].parent} has {free >> 20} MiB free, but the result may need "
+                f"{-(-size >> 20)} MiB; free some space or choose another place with -o"
+            )
+        yield
+    except BaseException:
+        for directory in reversed(created):
+            with contextlib.suppress(OSError):  # somebody else has put a file there
+                directory.rmdir()
+        raise
+
+
+def _make_directories(directory: Path) -> list[Path]:
+    missing = []
+    while not directory.exists():
+        missing.append(directory)
+        directory = directory.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+    return missing[::-1]
+
+
+def _try_place(path: Path, overwrite: bool) -> None:
+    try:
+        if path.exists() and not path.is_file():
+            raise CommandError(f"{path} is no regular file; choose another name with -o")
+        path.lstat()  # raises for a name that is too long
+    except FileNotFoundError:
+        pass
+    else:
+        if not overwrite:
+            raise CommandError(f"{path} exists; add --overwrite or choose another name with -o")
+    probe = path.parent / f".hunyuan-fast-{secrets.token_hex(6)}.part"
+    try:
+        probe.touch(exist_ok=False)
+    except OSError as error:
+        raise CommandError(
+            f"{path.parent} is not writable ({error.strerror}); choose another place with -o"
+        ) from error
+    probe.unlink()

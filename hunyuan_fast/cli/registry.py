@@ -1,0 +1,33 @@
+"""Finds the commands: one per module of ``hunyuan_fast.cli.commands``."""
+
+import ast
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+_PACKAGE = "hunyuan_fast.cli.commands"
+
+
+def command_names() -> tuple[str, ...]:
+    """The names of all commands, in alphabetical order."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    assert spec is not None
+    modules = pkgutil.iter_modules(spec.submodule_search_locations)
+    return tuple(sorted(module.name for module in modules))
+
+
+def summary(name: str) -> str:
+    """The first line of a command's docstring, read without running its module."""
+    spec = importlib.util.find_spec(f"{_PACKAGE}.{name}")
+    assert spec is not None and spec.origin is not None
+    doc = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+    assert doc, f"the command {name} has no docstring"
+    return doc.splitlines()[0]
+
+
+def load(name: str) -> Callable[[Sequence[str]], None]:
+    """The function ``run(argv)`` of a command."""
+    run: Callable[[Sequence[str]], None] = importlib.import_module(f"{_PACKAGE}.{name}").run
+    return run
