@@ -6,7 +6,7 @@ import json
 import shutil
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -19,13 +19,16 @@ from hunyuan_fast.models.text import (
 )
 from hunyuan_fast.models.vae.model import HunyuanVideoVAE
 from hunyuan_fast.models.weights import CheckpointError, PipelineFiles, describe
+from hunyuan_fast.models.weights.configs import read_config
 from hunyuan_fast.models.weights.files import read_json
+from hunyuan_fast.models.weights.locate import locate
+from hunyuan_fast.pipelines.inputs import Limits
 from hunyuan_fast.pipelines.settings import GenerationDefaults, PipelineSettings, build
 
 if TYPE_CHECKING:
     from hunyuan_fast.pipelines.text_to_video import HunyuanVideoPipeline
 
-LAYOUTS = ("native", "diffusers")
+PipelineLayout = Literal["native", "diffusers"]
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 TEMPLATE_FILE = "prompt_template.json"
 RELEASED_SHIFT = 7.0
@@ -71,6 +74,25 @@ def load_parts(
     return transformer, vae, llm, clip, settings
 
 
+def read_limits(path_or_repo: str | Path) -> Limits:
+    """What calls of a stored pipeline may ask for, read from its configurations without weights.
+
+    Raises CheckpointError, FileNotFoundError or ValueError naming the file.
+    """
+    files = describe(path_or_repo)
+    place = {part: files.require(part) for part in PARTS}
+    configs = {
+        kind.component: read_config(
+            locate(place[kind.component], None, kind.component),
+            kind.config_class,
+            kind.component,
+            kind.checkpoint_names(),
+        )
+        for kind in (HunyuanVideoTransformer, HunyuanVideoVAE)
+    }
+    return Limits(**configs, defaults=read_settings(files).generation)
+
+
 def side_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Data type of the VAE and the text encoders beside a transformer in `dtype`.
 
@@ -109,10 +131,10 @@ def _read_template(root: Path) -> PromptTemplate:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def save_parts(pipeline: HunyuanVideoPipeline, path: Path, layout: str) -> None:
+def save_parts(pipeline: HunyuanVideoPipeline, path: Path, layout: PipelineLayout) -> None:
     """Write a pipeline into the new folder `path`: beside it first, then renamed into place."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if layout not in get_args(PipelineLayout):
+        raise ValueError(f'layout must be "native" or "diffusers", got {layout!r}')
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"path must be new or an empty folder, got {path}; remove it first")
     partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
