@@ -32,8 +32,16 @@ _UNSIGNED = {np.uint16: torch.uint16, np.uint8: torch.uint8}
 _ARITHMETIC = {"binary_op": 2, "unary_op": 1, "create_rsqrt": 1, "create_erf": 1, "create_fma": 3}
 
 
-class OutOfBounds(AssertionError):
-    """A program touched memory outside every tensor it was given."""
+class KernelFault(AssertionError):
+    """A program did what a GPU would not forgive."""
+
+
+class OutOfBounds(KernelFault):
+    """It touched memory outside every tensor it was given."""
+
+
+class LossyReduction(KernelFault):
+    """It reduced bf16 or fp8 without widening them first."""
 
 
 def install() -> None:
@@ -155,7 +163,7 @@ def _refuse_small_reductions() -> None:
     def repaired_check_tensor(self: Any, tensors: Any) -> None:
         for x in tensors:
             if x.dtype.scalar in _SMALL:
-                raise TypeError(
+                raise LossyReduction(
                     f"a reduction over {x.dtype.scalar} loses digits; cast to fp32 first"
                 )
         check_tensor(self, tensors)
@@ -251,7 +259,7 @@ def _guard_addresses() -> None:
             return call(self, *args, **kwargs)
         except InterpreterError as error:
             cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OutOfBounds):
+            while cause is not None and not isinstance(cause, KernelFault):
                 cause = cause.__cause__
             if cause is None:
                 raise
