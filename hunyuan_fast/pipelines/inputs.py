@@ -21,20 +21,22 @@ from hunyuan_fast.pipelines.readers import (
     wrong_type,
     wrong_value,
 )
-from hunyuan_fast.pipelines.settings import GenerationDefaults
+from hunyuan_fast.pipelines.settings import (
+    GUIDANCE,
+    MAX_FRAMES,
+    MAX_SIDE,
+    SHIFT,
+    STEPS,
+    GenerationDefaults,
+)
 
 OUTPUT_TYPES = ("uint8", "float", "latent")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_SIDE = 16384
-MAX_FRAMES = 4097
 MAX_SEED = 2**63 - 1
 MAX_BATCH = 1024
 MAX_PROMPT_CHARACTERS = 100_000
-# The released model was made for 118 800 video tokens; attention over more than this many ends in
-# no useful time.
+# 18 times the 118 800 tokens of 720 x 1280 x 129: attention over more ends in no useful time.
 MAX_VIDEO_TOKENS = 2**21
-# 1000 times the scale must stay finite in float16, whose largest number is 65504.
-MAX_GUIDANCE = 60.0
 
 Progress = Callable[[str, int, int], None]
 
@@ -93,14 +95,10 @@ def argument_table(limits: Limits) -> dict[str, Reader]:
         "height": Integer(height, MAX_SIDE, multiple=height, unit=" pixels"),
         "width": Integer(width, MAX_SIDE, multiple=width, unit=" pixels"),
         "num_frames": Integer(first, MAX_FRAMES, multiple=frames, remainder=first),
-        "num_inference_steps": Integer(1, 1000),
-        "guidance_scale": Number(
-            0, MAX_GUIDANCE, advice="the released model was distilled for 1 to 8, and uses 6"
-        ),
+        "num_inference_steps": STEPS,
+        "guidance_scale": GUIDANCE,
         "true_cfg_scale": Number(1, 100, advice="1 switches classifier-free guidance off"),
-        "shift": Optional(
-            Number(0, 1000, above=True, advice="leave it out for 7 at 50 steps and 17 below 20")
-        ),
+        "shift": SHIFT,
         "seed": Integer(0, MAX_SEED),
         "num_videos": Integer(1, MAX_BATCH),
         "output_type": Choice(OUTPUT_TYPES),
@@ -142,6 +140,13 @@ def read_request(limits: Limits, arguments: Mapping[str, Any]) -> Request:
         latent_shape=latent_shape,
         **value,
     )
+
+
+def check_defaults(limits: Limits) -> None:
+    """Raise ValueError when the settings ask for a size that the models cannot make."""
+    table = argument_table(limits)
+    for name in ("height", "width", "num_frames"):
+        table[name](f"settings.generation.{name}", getattr(limits.defaults, name))
 
 
 def read_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
@@ -215,9 +220,8 @@ def _negative_prompts(
     if true_cfg_scale == 1:
         if negative is not None:
             raise ValueError(
-                f"negative_prompt must be None with true_cfg_scale 1, got {show(negative[0])}; it "
-                "takes effect only "
-                "with true_cfg_scale above 1"
+                f"negative_prompt must be None with true_cfg_scale 1, got {show(negative[0])}; "
+                "set true_cfg_scale above 1 for it to take effect"
             )
         return None
     if negative is None:
@@ -226,8 +230,7 @@ def _negative_prompts(
         return negative * num_prompts
     if len(negative) != num_prompts:
         raise ValueError(
-            f"negative_prompt must be one string or as many as prompt, {num_prompts}, got "
-            f"{len(negative)}"
+            f"negative_prompt must be one string or {num_prompts} as prompt, got {len(negative)}"
         )
     return negative
 
@@ -239,10 +242,9 @@ def _check_size(limits: Limits, value: Mapping[str, Any]) -> None:
         tokens *= size // patch
     if tokens > MAX_VIDEO_TOKENS:
         raise ValueError(
-            f"height, width and num_frames must give at most {MAX_VIDEO_TOKENS} video tokens, got "
-            f"{tokens} from "
-            f"{value['height']} x {value['width']} x {value['num_frames']}; ask for a smaller or "
-            "shorter video"
+            f"height, width and num_frames must give at most {MAX_VIDEO_TOKENS} video tokens, "
+            f"got {tokens} from {value['height']} x {value['width']} x {value['num_frames']}; "
+            "ask for a smaller or shorter video"
         )
 
 
@@ -268,14 +270,12 @@ def _check_latents(latents: Any, shape: tuple[int, ...]) -> Tensor:
         )
     if tuple(latents.shape) != shape:
         raise ValueError(
-            f"latents must be (B, C, T, H, W) = {shape} for this prompt and size, got "
-            f"{tuple(latents.shape)}; "
-            "change the latents or height, width, num_frames and num_videos"
+            f"latents must be (B, C, T, H, W) = {shape} for these prompts and this size, got "
+            f"{tuple(latents.shape)}; change them, or height, width, num_frames and num_videos"
         )
     if latents.device.type == "meta":
         raise ValueError(
-            "latents must hold data, got a tensor on the meta device; use torch.randn on cpu or "
-            "cuda"
+            "latents must hold data, got a tensor on the meta device; use the CPU or a GPU"
         )
     latents = latents.detach().float()
     bad = int((~torch.isfinite(latents)).sum())

@@ -17,12 +17,13 @@ Reader = Callable[[str, Any], Any]
 
 def show(value: Any) -> str:
     """Short form of a value for an error message."""
-    text = repr(value)
-    if len(text) > SHOWN_CHARACTERS:
-        text = text[:SHOWN_CHARACTERS] + "..."
-    return (
-        text if isinstance(value, (int, float, str, bytes)) else f"{text} ({type(value).__name__})"
-    )
+    # Python refuses to write an integer of thousands of digits.
+    text = f"about 2**{value.bit_length()}" if _is_huge(value) else repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+
+
+def _is_huge(value: Any) -> bool:
+    return isinstance(value, int) and value.bit_length() > 256
 
 
 def wrong_type(name: str, expected: str, value: Any, advice: str = "") -> NoReturn:
@@ -61,23 +62,17 @@ class Integer:
             number = operator.index(value)
         except TypeError:
             wrong_type(name, f"an integer ({self.expected})", value)
-        if (
-            not self.least <= number <= self.most
-            or number % self.multiple != self.remainder % self.multiple
-        ):
+        if not self.least <= number <= self.most or (number - self.remainder) % self.multiple:
             wrong_value(name, self.expected, number, self._advice(number))
         return number
 
     @property
     def expected(self) -> str:
         form = ""
-        if self.multiple > 1:
-            form = (
-                f"{self.multiple}n + {self.remainder}"
-                if self.remainder
-                else f"a multiple of {self.multiple}"
-            )
-            form += ", "
+        if self.remainder:
+            form = f"{self.multiple}n + {self.remainder}, "
+        elif self.multiple > 1:
+            form = f"a multiple of {self.multiple}, "
         return f"{form}from {self.least} to {self.most}{self.unit}"
 
     def _advice(self, number: int) -> str:
@@ -103,7 +98,10 @@ class Number:
     def __call__(self, name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, Real):
             wrong_type(name, f"a number ({self.expected})", value, self.advice)
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
         low = number <= self.least if self.above else number < self.least
         if not math.isfinite(number) or low or number > self.most:
             wrong_value(name, self.expected, number, self.advice)

@@ -1,20 +1,32 @@
 """What a pipeline folder says about itself: `hunyuan_fast.json`.
 
-Generation defaults, the prompt template and lengths of the text encoders. Every field is checked on
-reading, and a field that is unknown or missing is an error.
+Generation defaults, the prompt template and the lengths of the text encoders. Every field is
+checked on reading, and a field that is unknown or missing is an error.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hunyuan_fast.models.text import PromptTemplate
+from hunyuan_fast.models.weights.errors import CheckpointError
+from hunyuan_fast.models.weights.files import read_json
+from hunyuan_fast.pipelines.readers import Integer, Number, Optional, Reader
 
 FILE_NAME = "hunyuan_fast.json"
 FORMAT_VERSION = 1
+
+MAX_SIDE = 16384
+MAX_FRAMES = 4097
+MAX_STEPS = 1000
+# 1000 times the scale must stay finite in float16, whose largest number is 65504.
+MAX_GUIDANCE = 60.0
+
+STEPS = Integer(1, MAX_STEPS)
+GUIDANCE = Number(0, MAX_GUIDANCE, advice="the released model was distilled for 1 to 8 and uses 6")
+SHIFT = Optional(Number(0, 1000, above=True, advice="leave it out for 7 at 50 steps, 17 below 20"))
 
 T = TypeVar("T")
 
@@ -23,7 +35,8 @@ T = TypeVar("T")
 class GenerationDefaults:
     """Values that stand for None in a call; the defaults are those of the released model.
 
-    height, width: pixels    fps: frames per second    shift None: chosen by the number of steps
+    height, width: pixels; fps: frames per second; shift None: chosen by the number of steps
+    Raises TypeError or ValueError naming the field.
     """
 
     height: int = 720
@@ -35,21 +48,27 @@ class GenerationDefaults:
     fps: int = 24
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "num_frames", "num_inference_steps", "fps"):
-            _check_integer(name, getattr(self, name))
-        _check_number("guidance_scale", self.guidance_scale, least=0.0)
-        if self.shift is not None:
-            _check_number("shift", self.shift, least=math.ulp(0.0))
+        readers: dict[str, Reader] = {
+            "height": Integer(1, MAX_SIDE),
+            "width": Integer(1, MAX_SIDE),
+            "num_frames": Integer(1, MAX_FRAMES),
+            "num_inference_steps": STEPS,
+            "guidance_scale": GUIDANCE,
+            "shift": SHIFT,
+            "fps": Integer(1, 240),
+        }
+        for name, reader in readers.items():
+            reader(name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineSettings:
     """Contents of `hunyuan_fast.json`.
 
-    prompt_template: around the prompt for the language model; image_prompt_template: instead of it
-    for one frame
-    hidden_state_skip_layer: last layers of the language model left out    clip_max_length: tokens
-    CLIP reads
+    prompt_template: around the prompt for the language model
+    image_prompt_template: used in its place for a single frame, when there is one
+    hidden_state_skip_layer: number of last layers of the language model left out
+    clip_max_length: number of tokens the CLIP text model reads
     Raises TypeError or ValueError naming the field.
     """
 
@@ -64,8 +83,8 @@ class PipelineSettings:
         if self.image_prompt_template is not None:
             _check_type("image_prompt_template", self.image_prompt_template, PromptTemplate)
         _check_type("generation", self.generation, GenerationDefaults)
-        _check_integer("hidden_state_skip_layer", self.hidden_state_skip_layer, least=0)
-        _check_integer("clip_max_length", self.clip_max_length, least=3)
+        Integer(0, 1000)("hidden_state_skip_layer", self.hidden_state_skip_layer)
+        Integer(3, 100_000)("clip_max_length", self.clip_max_length)
 
     def template_for(self, num_frames: int) -> PromptTemplate:
         """Return the template for a clip, or that for images, if any, when num_frames is 1."""
@@ -83,7 +102,7 @@ class PipelineSettings:
         _check_type("settings", values, Mapping)
         values = dict(values)
         version = values.pop("format_version", None)
-        if version != FORMAT_VERSION:
+        if isinstance(version, bool) or version != FORMAT_VERSION:
             raise ValueError(
                 f"format_version must be {FORMAT_VERSION}, got {version!r}; "
                 "the folder was written by another version of hunyuan-fast"
@@ -106,16 +125,14 @@ class PipelineSettings:
     def load(cls, folder: Path) -> "PipelineSettings":
         """Read `hunyuan_fast.json` from a folder.
 
-        Raises FileNotFoundError when it is missing and ValueError naming the file and the field
-        when it is wrong.
+        Raises CheckpointError naming the file, and the field that is wrong.
         """
         path = folder / FILE_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"no {FILE_NAME} in {folder}")
+        values = read_json(path)
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            return cls.from_dict(values)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise CheckpointError(f"{path}: {error}") from error
 
 
 def build(kind: type[T], values: Any, where: str) -> T:
@@ -124,9 +141,7 @@ def build(kind: type[T], values: Any, where: str) -> T:
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(
-            f"{where} has the unknown field {unknown[0]!r}; known are {', '.join(known)}"
-        )
+        raise ValueError(f"{where} has the unknown field {unknown[0]!r}; known: {', '.join(known)}")
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"{where} lacks the field {name!r}")
@@ -136,20 +151,3 @@ def build(kind: type[T], values: Any, where: str) -> T:
 def _check_type(name: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
-
-
-def _check_integer(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _check_number(name: str, value: Any, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < least:
-        raise ValueError(
-            f"{name} must be finite and {'positive' if 0 < least < 1 else f'at least {least}'}, "
-            f"got {value}"
-        )

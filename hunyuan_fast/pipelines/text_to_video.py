@@ -1,6 +1,7 @@
 """Text to video: encode the prompt, walk noise down the noise levels, decode the latents."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from hunyuan_fast.pipelines.inputs import (
     Limits,
     Progress,
     Request,
+    check_defaults,
     read_device,
     read_dtype,
     read_request,
@@ -47,6 +49,7 @@ class HunyuanVideoPipeline:
         self.text_encoder_2 = text_encoder_2
         self.settings = settings
         _check_parts(transformer, vae, text_encoder, text_encoder_2)
+        check_defaults(self.limits)
 
     @classmethod
     def from_pretrained(
@@ -67,7 +70,9 @@ class HunyuanVideoPipeline:
         dtype = read_dtype(dtype)
         return cls(*folder.load_parts(path_or_repo, device=device, dtype=dtype))
 
-    def save_pretrained(self, path: str | Path, *, layout: str = "native") -> None:
+    def save_pretrained(
+        self, path: str | Path, *, layout: folder.PipelineLayout = "native"
+    ) -> None:
         """Write all parts into a new folder, in our layout ("native") or in that of "diffusers".
 
         The folder appears whole or not at all. Raises FileExistsError when it is there already and
@@ -122,19 +127,19 @@ class HunyuanVideoPipeline:
     ) -> Tensor:
         """Generate num_videos videos for each prompt, B in all, prompts in the outer order.
 
-        height, width: pixels    num_frames: 4n + 1, 1 for an image; None takes the model's default
-        guidance_scale: embedded guidance of distilled models    true_cfg_scale: classifier-free
-        guidance, off at 1, away from negative_prompt (by default the empty prompt)    shift None: 7
-        at 50 steps, 17 below 20
-        seed: video i draws its noise (float32, on the CPU) from seed + i, whatever the batch it is
-        in
-        latents: noise (B, C, T, H, W) instead of drawn noise
-        progress(stage, step, total): called in the stages "encode", "denoise" and "decode", first
-        with step 0
+        height, width: pixels; num_frames: 4n + 1, 1 for an image. None takes the model's default
+        num_inference_steps, guidance_scale: None takes the model's default
+        guidance_scale: embedded guidance of distilled models
+        true_cfg_scale: classifier-free guidance away from negative_prompt, off at 1
+        negative_prompt: one for all prompts or one for each; None is the empty prompt
+        shift: of the noise levels; None takes the model's, else 7 at 50 steps and 17 below 20
+        seed: video i draws its noise from seed + i, in float32 on the CPU, whatever its batch
+        latents: noise (B, C, T, H, W) instead of drawn noise, any floating dtype
+        progress(stage, step, total): called in the stages "encode", "denoise" and "decode", at
+        first with step 0; an exception it raises ends the call
 
-        Returns a CPU tensor: "uint8" (B, T, H, W, 3), "float" (B, T, H, W, 3) float32 in [0, 1], or
-        "latent"
-        (B, C, T, H, W) float32, scaled as the transformer sees it.
+        Returns a CPU tensor, by output_type: "uint8" (B, T, H, W, 3), "float" (B, T, H, W, 3)
+        float32 in [0, 1], "latent" (B, C, T, H, W) float32, scaled as the transformer sees it.
         Raises TypeError or ValueError naming the argument before any work starts, and
         FloatingPointError naming the step when NaN or infinity appears.
         """
@@ -157,6 +162,8 @@ class HunyuanVideoPipeline:
             texts, self.settings.template_for(request.num_frames)
         )
         pooled = self.text_encoder_2.encode(texts)
+        _check_finite(states, "the output of the language model", states.dtype)
+        _check_finite(pooled, "the output of the CLIP text model", pooled.dtype)
         row = torch.tensor([texts.index(text) for text in rows])
         report("encode", 1, 1)
         return {
@@ -183,18 +190,15 @@ class HunyuanVideoPipeline:
             both = self.transformer(
                 torch.cat([x, x]), timestep.repeat(2), **conditions, guidance=guidance
             )
-            return classifier_free(*both.chunk(2), request.true_cfg_scale)
+            negative, positive = both.chunk(2)
+            return classifier_free(negative, positive, request.true_cfg_scale)
 
         def on_step(step: int, v: Tensor, x: Tensor) -> None:
-            # a NaN spreads to the end, so the first and the last step are enough and cost no
-            # synchronisation between
+            # a NaN stays to the end, and looking at every step would stall the device each time
             if step in (0, steps - 1):
-                _check_finite(
-                    v, f"the velocity of denoising step {step + 1} of {steps}", self.dtype
-                )
-                _check_finite(
-                    x, f"the latents after denoising step {step + 1} of {steps}", self.dtype
-                )
+                at = f"denoising step {step + 1} of {steps}"
+                _check_finite(v, f"the velocity of {at}", self.dtype)
+                _check_finite(x, f"the latents after {at}", self.dtype)
             report("denoise", step + 1, steps)
 
         report("denoise", 0, steps)
@@ -209,34 +213,28 @@ class HunyuanVideoPipeline:
         report("decode", 0, len(latents))
         with _tiling_if_large(self.vae, latents):
             for index, sample in enumerate(latents):
-                z = (sample[None].to(weight.device) / self.vae.config.scaling_factor).to(
-                    weight.dtype
-                )
-                video = self.vae.decode(z)[0]
+                z = sample[None].to(weight.device) / self.vae.config.scaling_factor
+                video = self.vae.decode(z.to(weight.dtype))[0]
                 _check_finite(video, f"the decoded video {index}", weight.dtype)
                 frames.append(_to_frames(video, output_type))
                 report("decode", index + 1, len(latents))
         return torch.stack(frames)
 
 
-class _tiling_if_large:
+@contextmanager
+def _tiling_if_large(vae: HunyuanVideoVAE, latents: Tensor) -> Iterator[None]:
     """Decode in official tiles inside the block if a clip exceeds one and none were chosen."""
-
-    def __init__(self, vae: HunyuanVideoVAE, latents: Tensor) -> None:
-        frames, *sides = latents.shape[2:]
-        config = vae.config
-        large = max(sides) * config.spatial_compression_ratio > OFFICIAL_TILE_PIXELS
-        long = (frames - 1) * config.temporal_compression_ratio + 1 > OFFICIAL_TILE_FRAMES
-        self.vae = vae
-        self.needed = vae.tiling is None and (large or long)
-
-    def __enter__(self) -> None:
-        if self.needed:
-            self.vae.enable_tiling("official")
-
-    def __exit__(self, *error: object) -> None:
-        if self.needed:
-            self.vae.disable_tiling()
+    frames, *sides = latents.shape[2:]
+    large = max(sides) * vae.config.spatial_compression_ratio > OFFICIAL_TILE_PIXELS
+    long = (frames - 1) * vae.config.temporal_compression_ratio + 1 > OFFICIAL_TILE_FRAMES
+    if vae.tiling is not None or not (large or long):
+        yield
+        return
+    vae.enable_tiling("official")
+    try:
+        yield
+    finally:
+        vae.disable_tiling()
 
 
 def _draw_noise(request: Request) -> Tensor:
@@ -267,9 +265,8 @@ def _check_finite(x: Tensor, what: str, dtype: torch.dtype) -> None:
         return
     index = (~finite).nonzero()[0].tolist()
     raise FloatingPointError(
-        f"{what} holds {x[tuple(index)].item()} at index {index}; the models run in {dtype}: load "
-        "them in float32 "
-        "(or bfloat16 instead of float16), and if that does not help check the weights"
+        f"{what} holds {x[tuple(index)].item()} at index {index}; it was computed in {dtype}: load "
+        "the models in float32, or bfloat16 instead of float16, and else check the weights"
     )
 
 
@@ -280,33 +277,19 @@ def _check_parts(
     clip: CLIPTextEncoder,
 ) -> None:
     config = transformer.config
-    pairs = (
-        (
-            "vae.latent_channels",
-            vae.config.latent_channels,
-            "transformer.in_channels",
-            config.in_channels,
-        ),
-        (
-            "transformer.out_channels",
-            config.out_channels,
-            "transformer.in_channels",
-            config.in_channels,
-        ),
-        ("text_encoder width", llm.dim, "transformer.text_states_dim", config.text_states_dim),
-        (
-            "text_encoder_2 width",
-            clip.dim,
-            "transformer.text_states_dim_2",
-            config.text_states_dim_2,
-        ),
-    )
-    for name, got, wanted, size in pairs:
-        if got != size:
+    widths = {
+        "vae.latent_channels": (vae.config.latent_channels, config.in_channels, "in_channels"),
+        "transformer.out_channels": (config.out_channels, config.in_channels, "in_channels"),
+        "text_encoder": (llm.dim, config.text_states_dim, "text_states_dim"),
+        "text_encoder_2": (clip.dim, config.text_states_dim_2, "text_states_dim_2"),
+    }
+    for part, (got, expected, name) in widths.items():
+        if got != expected:
             raise ValueError(
-                f"{name} must be {wanted} = {size}, got {got}; the parts belong to different models"
+                f"{part} must have the width transformer.{name} = {expected}, got {got}; "
+                "the parts belong to different models"
             )
 
 
 def _silent(stage: str, step: int, total: int) -> None:
-    pass
+    """The progress callback of a call without one."""

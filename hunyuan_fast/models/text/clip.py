@@ -5,28 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from hunyuan_fast.models.text.encoder import TextEncoder
 from hunyuan_fast.models.text.loading import load_model, load_tokenizer
 from hunyuan_fast.models.text.tokens import pad_right, token_ids, warn_truncated
 
 OFFICIAL_MAX_LENGTH = 77
 
 
-class CLIPTextEncoder:
+class CLIPTextEncoder(TextEncoder):
     """State of the first end-of-text token after the final layer norm, without the text projection.
 
-    model: a transformers CLIPTextModel; tokenizer: its tokenizer; max_length: tokens read, both
-    ends included
-    Raises ValueError when max_length exceeds the model's positions or the tokenizer closes texts
-    with another token.
+    model: a transformers CLIPTextModel
+    tokenizer: the tokenizer of that model
+    max_length: number of tokens read, the first and the closing one included
+    Raises ValueError when max_length exceeds the model's positions or the tokenizer does not close
+    a text with its end-of-text token.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, max_length: int = OFFICIAL_MAX_LENGTH
-    ) -> None:
-        self.model = model.eval()
-        self.tokenizer = tokenizer
+    def __init__(self, model: Any, tokenizer: Any, max_length: int = OFFICIAL_MAX_LENGTH) -> None:
+        super().__init__(model, tokenizer)
         self.max_length = max_length
         if isinstance(max_length, bool) or not isinstance(max_length, int):
             raise TypeError(f"max_length must be an integer, got {type(max_length).__name__}")
@@ -38,9 +37,8 @@ class CLIPTextEncoder:
         closing = token_ids(tokenizer, "red")[-1]
         if closing != tokenizer.eos_token_id:
             raise ValueError(
-                "tokenizer must close a text with its end-of-text token "
-                f"{tokenizer.eos_token_id}, got {closing}; "
-                "this is not the tokenizer of a CLIP text model"
+                f"tokenizer must close a text with its end-of-text token {tokenizer.eos_token_id}, "
+                f"got {closing}; this is not the tokenizer of a CLIP text model"
             )
 
     @classmethod
@@ -55,38 +53,10 @@ class CLIPTextEncoder:
     ) -> "CLIPTextEncoder":
         """Load the model and the tokenizer from folders in transformers' format.
 
-        Raises FileNotFoundError or ValueError naming the folder when something is missing or does
-        not fit.
+        Raises CheckpointError naming the folder when something is missing or does not fit.
         """
         model = load_model(path, "CLIPTextModel", dtype=dtype)
         return cls(model.to(device), load_tokenizer(tokenizer_path), max_length)
-
-    def save_pretrained(self, path: Path, tokenizer_path: Path) -> None:
-        """Write the model and the tokenizer as folders in transformers' format."""
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(tokenizer_path)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Data type of the pooled vector."""
-        return next(self.model.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the pooled vector."""
-        return next(self.model.parameters()).device
-
-    @property
-    def dim(self) -> int:
-        """Width P of the pooled vector."""
-        return int(self.model.config.hidden_size)
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "CLIPTextEncoder":
-        """Move the model; returns the encoder itself."""
-        self.model.to(device=device, dtype=dtype)
-        return self
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -96,8 +66,7 @@ class CLIPTextEncoder:
         PromptTruncationWarning.
         """
         rows = [self._tokens(prompt) for prompt in prompts]
-        # the pooled state stands at the first end-of-text token and attention is causal: padding
-        # changes nothing
+        # Attention is causal and the first end-of-text token is pooled: padding changes nothing.
         ids, _ = pad_right(rows, self.tokenizer.eos_token_id, self.device)
         return self.model(input_ids=ids).pooler_output
 

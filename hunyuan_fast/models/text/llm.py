@@ -9,26 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hunyuan_fast.models.text.encoder import TextEncoder
 from hunyuan_fast.models.text.loading import load_model, load_tokenizer
 from hunyuan_fast.models.text.template import PromptTemplate
 from hunyuan_fast.models.text.tokens import pad_right, token_ids, warn_truncated
 
 
-class LLMTextEncoder:
+class LLMTextEncoder(TextEncoder):
     """Hidden states of a prompt's tokens in a chat template, taken some layers before the end.
 
-    model: a transformers LlamaModel, or a model holding one as `language_model`; tokenizer: its
-    tokenizer
+    model: a transformers LlamaModel, or a model that holds one as `language_model`
+    tokenizer: the tokenizer of that model
     skip_layer: number of last layers left out. The released system uses 2: the states after layer
     30 of 32, without the final norm. 0 gives the normed output of the whole model.
     Raises TypeError or ValueError when the tokenizer and the template do not fit together.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, template: PromptTemplate, skip_layer: int = 2
+        self, model: Any, tokenizer: Any, template: PromptTemplate, skip_layer: int = 2
     ) -> None:
-        self.model = getattr(model, "language_model", model).eval()
-        self.tokenizer = tokenizer
+        super().__init__(getattr(model, "language_model", model), tokenizer)
         self.template = template
         self.skip_layer = skip_layer
         num_layers = len(self.model.layers)
@@ -36,8 +36,7 @@ class LLMTextEncoder:
             raise TypeError(f"skip_layer must be an integer, got {type(skip_layer).__name__}")
         if not 0 <= skip_layer < num_layers:
             raise ValueError(
-                f"skip_layer must be between 0 and {num_layers - 1} for this model, got "
-                f"{skip_layer}"
+                f"skip_layer must be from 0 to {num_layers - 1} for this model, got {skip_layer}"
             )
         _check_crop(tokenizer, template)
 
@@ -54,38 +53,10 @@ class LLMTextEncoder:
     ) -> "LLMTextEncoder":
         """Load the model and the tokenizer from folders in transformers' format.
 
-        Raises FileNotFoundError or ValueError naming the folder when something is missing or does
-        not fit.
+        Raises CheckpointError naming the folder when something is missing or does not fit.
         """
         model = load_model(path, "AutoModel", dtype=dtype)
         return cls(model.to(device), load_tokenizer(tokenizer_path), template, skip_layer)
-
-    def save_pretrained(self, path: Path, tokenizer_path: Path) -> None:
-        """Write the model and the tokenizer as folders in transformers' format."""
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(tokenizer_path)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Data type of the states."""
-        return next(self.model.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the states."""
-        return next(self.model.parameters()).device
-
-    @property
-    def dim(self) -> int:
-        """Width D of the states."""
-        return int(self.model.config.hidden_size)
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "LLMTextEncoder":
-        """Move the model; returns the encoder itself."""
-        self.model.to(device=device, dtype=dtype)
-        return self
 
     @torch.no_grad()
     def encode(
@@ -93,11 +64,10 @@ class LLMTextEncoder:
     ) -> tuple[Tensor, Tensor]:
         """Encode prompts to states (B, L, D) in the model's dtype and mask (B, L) bool.
 
-        L is the template's max_length.
-
-        The mask is true on a prefix of each row: the prompt's tokens and what the template puts
-        behind them. States behind the prefix are zero. A prompt too long is cut on the right with a
-        PromptTruncationWarning.
+        L is the template's max_length. The mask is true on a prefix of each row: the prompt's
+        tokens and what the template puts behind them. States behind the prefix are zero. A prompt
+        too long is cut on the right with a PromptTruncationWarning. Raises ValueError for a prompt
+        of which nothing is left after the crop, or a template that does not fit the tokenizer.
         """
         if template is None:
             template = self.template
@@ -115,23 +85,21 @@ class LLMTextEncoder:
         length = hidden.shape[1] - template.crop_start
         states[:, :length] = hidden[:, template.crop_start :]
         kept[:, :length] = mask[:, template.crop_start :]
-        return states * kept[..., None], kept
+        return states.masked_fill(~kept[..., None], 0), kept
 
     def _tokens(self, prompt: str, template: PromptTemplate) -> list[int]:
         ids = token_ids(self.tokenizer, template.fill(prompt))
         longest = template.crop_start + template.max_length
         if len(ids) <= template.crop_start:
             raise ValueError(
-                f"prompt must leave at least one token after the crop of {template.crop_start}, "
-                f"got {prompt!r} with "
-                f"{len(ids)} tokens; use a template that closes the prompt with a token, as the "
-                "released one does"
+                f"prompt must give more than the {template.crop_start} tokens that are cut, got "
+                f"{len(ids)} for {prompt!r}; use a template that closes the prompt with a token"
             )
         if len(ids) > longest:
             warn_truncated(self.tokenizer, ids[longest:], "language model", template.max_length)
         return ids[:longest]
 
-    def _trunk(self) -> nn.Module:
+    def _trunk(self) -> Any:
         """The model without its last skip_layer layers and final norm, sharing all parameters.
 
         Equal to asking for hidden_states[-1 - skip_layer], minus the work behind it.
@@ -161,15 +129,12 @@ def _check_crop(tokenizer: Any, template: PromptTemplate) -> None:
     )
     if template.crop_start > common:
         raise ValueError(
-            f"crop_start must be at most {common}, the number of tokens before the prompt with "
-            "this tokenizer, "
-            f"got {template.crop_start}; the template and the tokenizer belong to different models"
+            f"crop_start must be at most {common}, the tokens before the prompt with this "
+            f"tokenizer, got {template.crop_start}; template and tokenizer do not belong together"
         )
     if 0 < template.crop_start < common:
         warnings.warn(
-            f"crop_start is {template.crop_start} but {common} tokens stand before the prompt "
-            "with this tokenizer, "
-            f"so {common - template.crop_start} tokens of the template reach the model; is this "
-            "the right tokenizer?",
+            f"crop_start is {template.crop_start}, but with this tokenizer {common} tokens stand "
+            "before the prompt and some of the template is kept; is it the right tokenizer?",
             stacklevel=3,
         )

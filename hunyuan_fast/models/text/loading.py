@@ -1,39 +1,42 @@
 """Strict reading of transformers folders: no download, no pickled code, no missing weight."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+
+from hunyuan_fast.models.weights.errors import CheckpointError
 
 
-def load_model(path: Path, class_name: str, *, dtype: torch.dtype | None = None) -> nn.Module:
+def load_model(path: Path, class_name: str, *, dtype: torch.dtype | None = None) -> Any:
     """Load a transformers model of the named class from a folder; dtype None keeps the stored one.
 
-    Raises ImportError without transformers, FileNotFoundError when the folder or its config.json is
-    missing, and ValueError naming the folder and the first missing weight when the weights do not
-    fill the model.
+    Raises ImportError without transformers, and CheckpointError naming the folder when a file is
+    missing or damaged, or the first weight that the files lack.
     """
     transformers = _transformers()
-    _require(path, "config.json", "a text encoder")
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path / 'config.json'}: missing; a text encoder is expected there")
     loader = getattr(transformers, class_name)
     try:
-        model, report = loader.from_pretrained(
-            path,
-            dtype=dtype or "auto",
-            local_files_only=True,
-            weights_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"cannot load a text encoder from {path}: {error}") from error
-    missing = sorted(report["missing_keys"]) + [
-        str(key[0]) for key in report.get("mismatched_keys", ())
-    ]
+        with quiet():
+            model, report = loader.from_pretrained(
+                path,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                weights_only=True,
+                ignore_mismatched_sizes=True,  # they come back in the report, with their names
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers and safetensors share no base class below
+        raise CheckpointError(f"{path}: cannot be loaded as a text encoder ({error})") from error
+    missing = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
     if missing:
-        raise ValueError(
-            f"text encoder in {path} lacks {len(missing)} weights of {type(model).__name__}, "
-            f"the first is {missing[0]}; the folder is incomplete or holds another model"
+        raise CheckpointError(
+            f"{path}: {len(missing)} weights of {type(model).__name__} are missing or have another "
+            f"shape, the first is {missing[0]}; the folder is incomplete or of another model"
         )
     return model.eval().requires_grad_(False)
 
@@ -41,21 +44,31 @@ def load_model(path: Path, class_name: str, *, dtype: torch.dtype | None = None)
 def load_tokenizer(path: Path) -> Any:
     """Load a tokenizer from a folder.
 
-    Raises ImportError without transformers, FileNotFoundError when the folder is missing and
-    ValueError when it holds no tokenizer.
+    Raises ImportError without transformers, and CheckpointError naming the folder when it is
+    missing or holds no tokenizer.
     """
     transformers = _transformers()
     if not path.is_dir():
-        raise FileNotFoundError(f"no tokenizer folder at {path}")
+        raise CheckpointError(f"{path}: missing; a tokenizer is expected there")
     try:
         return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot load a tokenizer from {path}: {error}") from error
+    except Exception as error:  # transformers and tokenizers share no base class below
+        raise CheckpointError(f"{path}: cannot be loaded as a tokenizer ({error})") from error
 
 
-def _require(path: Path, name: str, what: str) -> None:
-    if not (path / name).is_file():
-        raise FileNotFoundError(f"{what} is expected in {path}, but {path / name} is missing")
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from drawing progress bars and load reports inside the block."""
+    logging = _transformers().utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _transformers() -> Any:
@@ -63,7 +76,6 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(
-            f"the text encoders need transformers ({error}); install it with `pip install "
-            "'hunyuan-fast[text]'`"
+            f"the text encoders need transformers ({error}); install it: `pip install transformers`"
         ) from error
     return transformers

@@ -11,8 +11,7 @@ class PromptTemplate:
     """Text around the prompt, and which tokens of the result condition the model.
 
     template: text with one {} where the prompt goes
-    crop_start: number of leading tokens, beginning-of-text included, that stand before the prompt
-    and are dropped
+    crop_start: number of tokens before the prompt, beginning-of-text included; they are dropped
     max_length: number of tokens kept after the crop; longer prompts are cut
     Raises TypeError or ValueError naming the field.
     """
@@ -48,18 +47,16 @@ class PromptTemplate:
 def installed_template() -> PromptTemplate:
     """Return the video template of the released model, read from the installed diffusers.
 
-    Raises ImportError saying what to install, or which file to write instead, when diffusers does
-    not have it.
+    Raises ImportError saying what to install, or which file to write, without diffusers.
     """
     try:
         from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
     except ImportError as error:
         raise ImportError(
-            "the prompt template of the released model is read from diffusers, which could not be "
-            "imported "
-            f"({error}). Install it with `pip install diffusers`, or put a hunyuan_fast.json with "
-            "a "
-            '"prompt_template" entry (template, crop_start, max_length) into the checkpoint folder'
+            "the prompt template of the released model is read from diffusers, which cannot be "
+            f"imported ({error}); install it with `pip install diffusers`, or put a file "
+            "prompt_template.json with the fields template, crop_start and max_length into the "
+            "checkpoint folder"
         ) from error
     return PromptTemplate(
         template=DEFAULT_PROMPT_TEMPLATE["template"],
