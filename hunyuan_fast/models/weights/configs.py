@@ -65,6 +65,11 @@ def read_config(located: Located, config_class: type, component: str, names: Mod
 
 
 def _native(data: dict[str, Any], path: Path, component: str) -> dict[str, Any]:
+    if data.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: format must be {FORMAT!r}, got {data.get('format')!r}; the file was replaced "
+            "or describes another model"
+        )
     if data.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: version must be {VERSION}, got {data.get('version')!r}; "

@@ -21,7 +21,7 @@ def resolve(path_or_repo: str | Path, *, only: Sequence[str] = USEFUL) -> Path:
     """The path on disk that `path_or_repo` names; a repo is downloaded or taken from the cache.
 
     Tried in this order: the name of an embedded model ("nano"), a local path, a repo id
-    "owner/name" of the Hugging Face Hub, of which the files that fit the patterns `only` are fetched.
+    "owner/name" of the Hugging Face Hub. Of a repo the files that fit the patterns `only` come.
     Raises CheckpointError that lists what was tried.
     """
     if path_or_repo in EMBEDDED:

@@ -9,6 +9,7 @@ from typing import Literal
 from hunyuan_fast.models.weights.errors import CheckpointError
 from hunyuan_fast.models.weights.files import read_json
 from hunyuan_fast.models.weights.hub import resolve
+from hunyuan_fast.models.weights.manifest import MANIFEST
 
 Layout = Literal["native", "diffusers", "official"]
 FORMAT = "hunyuan-fast"
@@ -99,6 +100,8 @@ def pipeline_layout(root: Path) -> Layout | None:
 def component_layout(folder: Path) -> Layout | None:
     """The layout of one model's folder, None when it is not one."""
     config = folder / "config.json"
+    if (folder / MANIFEST).is_file():
+        return "native"
     if config.is_file() and read_json(config).get("format") == FORMAT:
         return "native"
     if any(folder.glob(f"{STEM['diffusers']}*.safetensors*")):

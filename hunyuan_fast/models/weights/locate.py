@@ -10,7 +10,6 @@ from hunyuan_fast.models.weights.errors import CheckpointError
 from hunyuan_fast.models.weights.files import read_json
 from hunyuan_fast.models.weights.hub import USEFUL, inside, resolve
 from hunyuan_fast.models.weights.layout import (
-    FORMAT,
     OFFICIAL_WEIGHTS,
     STEM,
     Layout,
@@ -72,9 +71,8 @@ def recognise(names: list[str]) -> str | None:
 def _file(file: Path) -> Located:
     source = open_source([file])
     config = file.with_name("config.json")
-    stored = read_json(config) if config.is_file() else {}
     layout: Layout = "official"
-    if stored.get("format") == FORMAT and (file.parent / MANIFEST).is_file():
+    if (file.parent / MANIFEST).is_file():
         layout = "native"
     elif file.name.startswith(STEM["diffusers"]) or _has_diffusers_names(source):
         layout = "diffusers"
@@ -101,6 +99,7 @@ def _folder(folder: Path) -> Located:
     if layout == "official":
         return _file(official_files(folder)[0])
     config = folder / "config.json"
+    _refuse_transformers(config)
     index, files = _shards(folder, STEM[layout])
     source = open_source(files)
     if index is not None:
@@ -112,6 +111,15 @@ def _folder(folder: Path) -> Located:
         config=config if config.is_file() else None,
         index=index,
     )
+
+
+def _refuse_transformers(config: Path) -> None:
+    architectures = read_json(config).get("architectures") if config.is_file() else None
+    if architectures:
+        raise CheckpointError(
+            f"{config}: describes {architectures} of transformers, a text encoder; "
+            "name the folder of the model that is to be loaded"
+        )
 
 
 def _shards(folder: Path, stem: str) -> tuple[Path | None, list[Path]]:

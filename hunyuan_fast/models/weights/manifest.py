@@ -21,6 +21,7 @@ from hunyuan_fast.models.weights.errors import CheckpointError
 from hunyuan_fast.models.weights.files import read_json
 
 MANIFEST = "manifest.json"
+VERSION = 1
 _CHUNK = 1 << 20
 
 
@@ -64,7 +65,7 @@ def write_manifest(folder: Path, tensors: dict[str, dict[str, int]]) -> None:
         else:
             entry["crc32"] = file_digest(path)
         files[name] = entry
-    manifest = {"version": 1, "crc32": _own_digest(files), "files": files}
+    manifest = {"version": VERSION, "crc32": _own_digest(files), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -87,6 +88,11 @@ class Manifest:
             )
         data = read_json(path)
         files = data.get("files")
+        if data.get("version") != VERSION:
+            raise CheckpointError(
+                f"{path}: version must be {VERSION}, got {data.get('version')!r}; the file is "
+                "damaged, or written by a newer hunyuan-fast"
+            )
         if not isinstance(files, dict) or data.get("crc32") != _own_digest(files):
             raise CheckpointError(f"{path}: damaged (its own digest is wrong); copy it again")
         self._files: dict[str, dict[str, Any]] = files

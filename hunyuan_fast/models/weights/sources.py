@@ -76,12 +76,12 @@ def _kind(file: Path) -> str:
         raise CheckpointError(f"{file}: no such file; download or copy it there") from error
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
-        return "torch"
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{file}: a Git LFS pointer, not the weights; run `git lfs pull`")
     if len(head) < 9:
         raise CheckpointError(f"{file}: truncated, only {len(head)} bytes; fetch the file again")
+    if head[8:9] != b"{" and (head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"):
+        return "torch"
     if head[8:9] != b"{":
         raise CheckpointError(
             f"{file}: not a checkpoint; expected safetensors or a torch file, "
