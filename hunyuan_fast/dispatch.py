@@ -194,7 +194,7 @@ def _native_missing() -> str | None:
     try:
         import_module("hunyuan_fast._C")
     except ImportError as error:
-        if find_spec("hunyuan_fast._C") is None:
+        if error.name == "hunyuan_fast._C" and isinstance(error, ModuleNotFoundError):
             return "hunyuan_fast._C is not built (install again with a C++17 compiler)"
         return f"hunyuan_fast._C does not load ({error})"
     return None
