@@ -6,13 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Up to this many values of (channels, frames, rows), a batch of one and fp32, torch answers 3D convolutions
-# on the CPU with a fallback several times slower than oneDNN; 2D convolutions never take it.
+# On the CPU torch answers 3D convolutions of a batch of one, with at most this many values in
+# (channels, frames, rows), by a fallback several times slower than oneDNN; never 2D convolutions.
 _SLOW_CONV3D_LIMIT = 20480
 
 
 def causal_conv3d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: tuple[int, int, int] = (1, 1, 1)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int, int] = (1, 1, 1),
 ) -> Tensor:
     """Convolve with edge values repeated in space and the first frame repeated before time zero.
 
@@ -33,7 +37,11 @@ def causal_conv3d(
 
 
 def conv3d_valid(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: tuple[int, int, int] = (1, 1, 1)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int, int] = (1, 1, 1),
 ) -> Tensor:
     """3D convolution without padding, in whichever form the library runs fastest.
 
@@ -46,9 +54,15 @@ def conv3d_valid(
     taps = weight.shape[2]
     starts = range(frames - taps + 1)[:: stride[0]]
     # each output frame is a 2D convolution of its input frames, stacked as channels
-    stacked = torch.cat([x[0, :, starts.start + tap : starts[-1] + tap + 1 : stride[0]] for tap in range(taps)])
+    stacked = torch.cat(
+        [x[0, :, starts.start + tap : starts[-1] + tap + 1 : stride[0]] for tap in range(taps)]
+    )
     flat_weight = weight.transpose(1, 2).flatten(1, 2)
-    return F.conv2d(stacked.transpose(0, 1), flat_weight, bias, stride[1:]).transpose(0, 1).unsqueeze(0)
+    return (
+        F.conv2d(stacked.transpose(0, 1), flat_weight, bias, stride[1:])
+        .transpose(0, 1)
+        .unsqueeze(0)
+    )
 
 
 class CausalConv3d(nn.Module):
@@ -58,7 +72,12 @@ class CausalConv3d(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, kernel_size: int = 3, stride: tuple[int, int, int] = (1, 1, 1)
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int = 3,
+        stride: tuple[int, int, int] = (1, 1, 1),
     ) -> None:
         super().__init__()
         self.stride = stride

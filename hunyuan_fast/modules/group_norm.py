@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """SiLU of the group norm of x, with statistics over time, height, width and the group's channels.
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, *, eps: float = 1e-6
+) -> Tensor:
+    """SiLU of the group norm of x; statistics over T, H, W and the group's channels together.
 
     x (B, C, T, H, W); weight, bias (C,). Returns the shape and dtype of x; statistics are fp32.
     """

@@ -15,7 +15,7 @@ Factor = tuple[int, int, int]
 
 
 def upsample_causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, *, factor: Factor) -> Tensor:
-    """Repeat pixels by factor, the first frame in space only, then convolve causally with 3x3x3 taps.
+    """Repeat pixels by factor, the first frame in space only, then convolve causally.
 
     x (B, C, T, H, W); weight (O, C, 3, 3, 3); bias (O,); factor (t, h, w), each 1 or 2.
     Returns (B, O, 1 + (T-1)*t, H*h, W*w) in x.dtype.
@@ -24,24 +24,25 @@ def upsample_causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, *, factor: F
     input value, so each output parity is a convolution of x with two taps, one of them a sum.
     With factor (2, 2, 2) this takes 8/27 of the multiplications, with (1, 2, 2) 4/9.
     """
-    batch, _, frames, height, width = x.shape
+    frames, height, width = x.shape[2:]
     if frames == 1:
         # every temporal tap sees the one frame there is, so the taps add up
         weight, factor = weight.sum(2, keepdim=True), (1, *factor[1:])
-    kernels = [_parity_kernels(weight.float(), dim=2, factor=factor[0])]
-    for dim in (3, 4):
-        kernels.append([k for kernel in kernels[-1] for k in _parity_kernels(kernel, dim, factor[dim - 2])])
-    taps_t, taps_h, taps_w = kernels[-1][0].shape[2:]
+    # sums of half-precision taps are rounded once, at the end
+    kernels = [weight.float() if weight.dtype.itemsize == 2 else weight]
+    for dim, doubling in zip((2, 3, 4), factor, strict=True):
+        kernels = [k for kernel in kernels for k in _parity_kernels(kernel, dim, doubling)]
+    taps_t, taps_h, taps_w = kernels[0].shape[2:]
     padded = F.pad(x, (1, 1, 1, 1, taps_t - 1, 0), mode="replicate")
     parts = []
-    for (t, h, w), kernel in zip(product(*map(range, factor)), kernels[-1], strict=True):
+    for (t, h, w), kernel in zip(product(*map(range, factor)), kernels, strict=True):
         window = padded[:, :, t:, h : h + height + taps_h - 1, w : w + width + taps_w - 1]
-        parts.append(conv3d_valid(window, kernel.to(x.dtype), bias))
+        parts.append(conv3d_valid(window, kernel.to(weight.dtype), bias))
     return _Interleave.apply(factor, *parts)
 
 
 def _parity_kernels(weight: Tensor, dim: int, factor: int) -> list[Tensor]:
-    """The kernels, one for each output parity, that act along dim on the map before it is repeated."""
+    """The kernels, one for each output parity, that act along dim before the map is repeated."""
     if factor == 1:
         return [weight]
     first, middle, last = weight.unbind(dim)
@@ -58,7 +59,13 @@ class _Interleave(torch.autograd.Function):
     def forward(ctx: Any, factor: Factor, *parts: Tensor) -> Tensor:
         ctx.factor = factor
         batch, channels, frames, height, width = parts[0].shape
-        shape = (batch, channels, 1 + (frames - 1) * factor[0], height * factor[1], width * factor[2])
+        shape = (
+            batch,
+            channels,
+            1 + (frames - 1) * factor[0],
+            height * factor[1],
+            width * factor[2],
+        )
         out = parts[0].new_empty(shape).contiguous(memory_format=torch.channels_last_3d)
         for view, part in zip(_parities(out, factor), parts, strict=True):
             view.copy_(part)
@@ -71,7 +78,8 @@ class _Interleave(torch.autograd.Function):
 
 def _parities(x: Tensor, factor: Factor) -> list[Tensor]:
     return [
-        x[:, :, t :: factor[0], h :: factor[1], w :: factor[2]] for t, h, w in product(*map(range, factor))
+        x[:, :, t :: factor[0], h :: factor[1], w :: factor[2]]
+        for t, h, w in product(*map(range, factor))
     ]
 
 
@@ -87,7 +95,7 @@ class CausalDownsample(nn.Module):
 
 
 class CausalUpsample(nn.Module):
-    """Nearest-neighbour upsampling and a causal convolution in one, see `upsample_causal_conv3d`."""
+    """Upsampling and a causal convolution in one, see `upsample_causal_conv3d`."""
 
     def __init__(self, channels: int, factor: Factor) -> None:
         super().__init__()

@@ -22,7 +22,9 @@ class ResnetBlock(nn.Module):
         self.norm2 = GroupNormSiLU(num_groups, out_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels)
         self.conv_shortcut = (
-            CausalConv3d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else None
+            CausalConv3d(in_channels, out_channels, kernel_size=1)
+            if in_channels != out_channels
+            else None
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,8 +39,12 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, num_groups: int, *, add_attention: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, num_groups) for _ in range(2)])
-        self.attentions = nn.ModuleList([FrameCausalAttention(channels, num_groups)] if add_attention else [])
+        self.resnets = nn.ModuleList(
+            [ResnetBlock(channels, channels, num_groups) for _ in range(2)]
+        )
+        self.attentions = nn.ModuleList(
+            [FrameCausalAttention(channels, num_groups)] if add_attention else []
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resnets[0](x)
@@ -55,7 +61,9 @@ def _resnets(in_channels: int, out_channels: int, count: int, num_groups: int) -
 class DownBlock(nn.Module):
     """One encoder level: residual blocks, then a strided convolution unless the stride is one."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, layers: int, num_groups: int, stride: Stride) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, layers: int, num_groups: int, stride: Stride
+    ) -> None:
         super().__init__()
         self.resnets = _resnets(in_channels, out_channels, layers, num_groups)
         self.downsamplers = nn.ModuleList(
@@ -71,10 +79,14 @@ class DownBlock(nn.Module):
 class UpBlock(nn.Module):
     """One decoder level: residual blocks, then upsampling unless the factor is one."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, layers: int, num_groups: int, factor: Stride) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, layers: int, num_groups: int, factor: Stride
+    ) -> None:
         super().__init__()
         self.resnets = _resnets(in_channels, out_channels, layers, num_groups)
-        self.upsamplers = nn.ModuleList([CausalUpsample(out_channels, factor)] if factor != (1, 1, 1) else [])
+        self.upsamplers = nn.ModuleList(
+            [CausalUpsample(out_channels, factor)] if factor != (1, 1, 1) else []
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (*self.resnets, *self.upsamplers):

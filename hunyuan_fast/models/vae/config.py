@@ -17,7 +17,7 @@ class VAEConfig:
 
     block_out_channels: channels of each level, from pixels to latents.
     layers_per_block: residual blocks of each encoder level; the decoder has one more.
-    scaling_factor: latents are multiplied by it before diffusion; encode and decode do not apply it.
+    scaling_factor: diffusion works on latents times this; encode and decode do not apply it.
     Raises ValueError where the numbers do not fit together.
     """
 
@@ -51,8 +51,8 @@ class VAEConfig:
         for channels in self.block_out_channels:
             if channels < 1 or channels % self.norm_num_groups:
                 raise ValueError(
-                    f"block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}, "
-                    f"got {self.block_out_channels}"
+                    f"block_out_channels must be multiples of norm_num_groups = "
+                    f"{self.norm_num_groups}, got {self.block_out_channels}"
                 )
         steps = len(self.block_out_channels) - 1
         for name in ("spatial_compression_ratio", "temporal_compression_ratio"):

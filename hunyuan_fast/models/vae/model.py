@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -11,19 +10,22 @@ from torch import Tensor, nn
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.decoder import Decoder
 from hunyuan_fast.models.vae.encoder import Encoder
+from hunyuan_fast.models.vae.inputs import check_latents, check_video
 from hunyuan_fast.models.vae.posterior import DiagonalGaussian
-from hunyuan_fast.models.vae.tiling import PRESETS, Axis, Tiling, map_spatial_tiles, map_temporal_tiles
+from hunyuan_fast.models.vae.tiling import PRESETS, Tiling, latent_window, map_tiles, pixel_window
+from hunyuan_fast.models.weights import Pretrained
 from hunyuan_fast.modules.causal_conv3d import causal_conv3d
 
 
-class HunyuanVideoVAE(nn.Module):
-    """Variational autoencoder that compresses video by 4 in time and 8 x 8 in space.
+class HunyuanVideoVAE(Pretrained, nn.Module):
+    """Variational autoencoder that compresses video by 4 in time and by 8 in height and width.
 
-    Built from the keywords of `VAEConfig`; the defaults are the released network.
-    Source: technical report, section 4.1.
+    Built from the keywords of `VAEConfig`. Parameters are named as in the official checkpoint.
+    Source: technical report, section 4.1 (3D variational autoencoder).
     """
 
     config_class: ClassVar[type[VAEConfig]] = VAEConfig
+    component: ClassVar[str] = "vae"
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
@@ -35,44 +37,74 @@ class HunyuanVideoVAE(nn.Module):
         self.quant_conv = nn.Conv3d(2 * latent, 2 * latent, kernel_size=1)
         self.post_quant_conv = nn.Conv3d(latent, latent, kernel_size=1)
 
-    @classmethod
-    def from_config(cls, config: VAEConfig) -> HunyuanVideoVAE:
-        """Build the network of a config, with fresh weights."""
-        return cls(**asdict(config))
+    def enable_tiling(self, preset: str | Tiling = "official") -> None:
+        """Encode and decode in overlapping tiles from now on: less memory, other pixels.
 
-    def enable_tiling(self, preset: str = "official") -> None:
-        """Encode and decode in overlapping tiles from now on: less memory, slightly other pixels.
-
-        preset: "official" (64 frames a window) or "diffusers" (16). Raises ValueError for any other.
+        preset: "official" (64 frames a window), "diffusers" (16 frames), or windows of your own.
+        Pixels differ because group norm and edge padding see a tile, not the clip.
+        Raises ValueError for an unknown name and for windows that are not whole latents.
         """
-        if preset not in PRESETS:
-            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
-        self.tiling = PRESETS[preset]
+        if isinstance(preset, str):
+            if preset not in PRESETS:
+                raise ValueError(
+                    f"preset must be one of {sorted(PRESETS)} or a Tiling, got {preset!r}"
+                )
+            preset = PRESETS[preset]
+        space, time = self.config.spatial_compression_ratio, self.config.temporal_compression_ratio
+        pixel_window(preset.size, preset.size_stride, space)
+        pixel_window(preset.frames, preset.frames_stride, time)
+        self.tiling = preset
 
     def disable_tiling(self) -> None:
-        """Encode and decode whole clips from now on."""
+        """Encode and decode whole clips from now on, as at first."""
         self.tiling = None
 
     def encode(self, video: Tensor) -> DiagonalGaussian:
-        """Posterior over latents of video (B, 3, T, H, W) in [-1, 1], T = 4n + 1, H and W multiples of 8.
+        """The posterior over latents of a clip.
 
-        Mean and logvar are (B, latent_channels, (T-1)/4 + 1, H/8, W/8) in the dtype of video, unscaled:
-        multiply samples by `config.scaling_factor` before diffusion.
-        Raises ValueError for any other shape, dtype or range.
+        video: (B, in_channels, T, H, W) with values in [-1, 1], T = 4n + 1, H and W multiples of 8
+        returns: mean and logvar (B, latent_channels, (T-1)/4 + 1, H/8, W/8) in the dtype of the
+            weights, unscaled: diffusion works on samples times `config.scaling_factor`
+
+        Raises ValueError for shapes and values that do not fit, TypeError for dtypes.
         """
-        return DiagonalGaussian.from_moments(self._encode_moments(video))
+        check_video(self.config, video)
+        video = self._enter(video)
+        if self.tiling is None:
+            return DiagonalGaussian.from_moments(self._encode_tile(video))
+        tiling, config = self.tiling, self.config
+        space = pixel_window(tiling.size, tiling.size_stride, config.spatial_compression_ratio)
+        time = pixel_window(tiling.frames, tiling.frames_stride, config.temporal_compression_ratio)
+        return DiagonalGaussian.from_moments(map_tiles(self._encode_tile, video, space, time))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Video (B, 3, 4(T-1) + 1, 8H, 8W) of unscaled latents z (B, latent_channels, T, H, W).
+        """The clip of unscaled latents.
 
-        Values are about [-1, 1] and not clamped. Raises ValueError for any other shape or dtype.
+        z: (B, latent_channels, T, H, W), finite; latents of diffusion divided by
+            `config.scaling_factor`
+        returns: (B, out_channels, 4(T-1) + 1, 8H, 8W) in the dtype of the weights, about [-1, 1],
+            not clamped
+
+        Raises ValueError for shapes and values that do not fit, TypeError for dtypes.
         """
-        return self._decode(z)
+        check_latents(self.config, z)
+        z = self._enter(z)
+        if self.tiling is None:
+            return self._decode_tile(z)
+        tiling, config = self.tiling, self.config
+        space = latent_window(tiling.size, tiling.size_stride, config.spatial_compression_ratio)
+        time = latent_window(tiling.frames, tiling.frames_stride, config.temporal_compression_ratio)
+        return map_tiles(self._decode_tile, z, space, time)
 
-    def _encode_moments(self, video: Tensor) -> Tensor:
-        moments = self.encoder(video.contiguous(memory_format=torch.channels_last_3d))
+    def _enter(self, x: Tensor) -> Tensor:
+        """x in the dtype of the weights; everything within is channels-last."""
+        dtype = self.quant_conv.weight.dtype
+        return x.to(dtype).contiguous(memory_format=torch.channels_last_3d)
+
+    def _encode_tile(self, video: Tensor) -> Tensor:
+        moments = self.encoder(video)
         return causal_conv3d(moments, self.quant_conv.weight, self.quant_conv.bias)
 
-    def _decode(self, z: Tensor) -> Tensor:
-        z = z.contiguous(memory_format=torch.channels_last_3d)
-        return self.decoder(causal_conv3d(z, self.post_quant_conv.weight, self.post_quant_conv.bias))
+    def _decode_tile(self, z: Tensor) -> Tensor:
+        z = causal_conv3d(z, self.post_quant_conv.weight, self.post_quant_conv.bias)
+        return self.decoder(z)

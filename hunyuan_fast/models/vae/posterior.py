@@ -28,7 +28,9 @@ class DiagonalGaussian:
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw latents (B, C, T, H, W); the draw is differentiable in mean and logvar."""
         device = self.mean.device if generator is None else generator.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        noise = torch.randn(
+            self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype
+        )
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
 
     def kl(self) -> Tensor:

@@ -1,0 +1,60 @@
+"""What the VAE takes: shapes, dtypes and values are checked before any work begins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hunyuan_fast.models.vae.config import VAEConfig
+
+# Pixels may leave [-1, 1] by this much, for roundings on the way.
+_TOLERANCE = 0.01
+
+
+def check_video(config: VAEConfig, video: Tensor) -> None:
+    """Raise ValueError or TypeError unless video is (B, C, 4n+1, 8m, 8k), floating, in [-1, 1]."""
+    _check_dims("video", video, config.in_channels)
+    time, space = config.temporal_compression_ratio, config.spatial_compression_ratio
+    _, _, frames, height, width = video.shape
+    if (frames - 1) % time:
+        below = frames - (frames - 1) % time
+        raise ValueError(
+            f"video must have {time}n + 1 frames, got {frames}; use {below} or {below + time}"
+        )
+    if height % space or width % space:
+        raise ValueError(
+            f"video must have height and width in multiples of {space}, got {height} x {width}; "
+            "crop or resize it"
+        )
+    if _can_read(video):
+        low, high = (float(bound) for bound in video.detach().aminmax())
+        limit = 1 + _TOLERANCE
+        # written so that NaN fails too
+        if not (-limit <= low and high <= limit):
+            raise ValueError(
+                f"video must hold values in [-1, 1], got {low:.4g} to {high:.4g}; "
+                "bring bytes there with x / 127.5 - 1, or clamp"
+            )
+
+
+def check_latents(config: VAEConfig, z: Tensor) -> None:
+    """Raise ValueError or TypeError unless z is (B, latent_channels, T, H, W), floating, finite."""
+    _check_dims("z", z, config.latent_channels)
+    if _can_read(z) and not z.isfinite().all():
+        raise ValueError("z must be finite, got NaN or infinity")
+
+
+def _check_dims(name: str, x: Tensor, channels: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dim() != 5 or x.shape[1] != channels:
+        raise ValueError(f"{name} must be (B, {channels}, T, H, W), got {tuple(x.shape)}")
+    if 0 in x.shape:
+        raise ValueError(f"{name} must not be empty, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+
+
+def _can_read(x: Tensor) -> bool:
+    """Whether values may steer the program: not while it is traced, nor without storage."""
+    return not x.is_meta and not torch.compiler.is_compiling()
