@@ -84,6 +84,15 @@ def test_low_precision_is_as_good_as_diffusers(generator, dtype):
     assert ours.abs().max() <= 2 * theirs.abs().max()
 
 
+def test_float64_model_agrees(generator):
+    model = tiny_model(generator)
+    inputs = tiny_inputs(generator)
+    with torch.no_grad():
+        velocity, exact = model(**inputs), model.double()(**inputs)
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(velocity.double(), exact, rtol=0, atol=1e-5)
+
+
 def test_timestep_and_guidance_stay_fp32_in_a_bf16_model(generator):
     model = tiny_model(generator).bfloat16()
     inputs = tiny_inputs(generator)
@@ -202,6 +211,17 @@ def test_compiles_in_one_graph(generator):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_other_resolutions_need_no_other_graph(generator):
+    model = tiny_model(generator, mm_double_blocks_depth=1, mm_single_blocks_depth=1)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        compiled(**tiny_inputs(generator, size=(5, 14, 22)))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for size in ((7, 10, 34), (9, 26, 6)):
+                inputs = tiny_inputs(generator, size=size)
+                torch.testing.assert_close(compiled(**inputs), model(**inputs), rtol=0, atol=1e-6)
+
+
 def test_autocast_matches_full_precision_coarsely(generator):
     model = tiny_model(generator)
     inputs = tiny_inputs(generator)
@@ -211,3 +231,19 @@ def test_autocast_matches_full_precision_coarsely(generator):
             velocity = model(**inputs)
     error = (velocity.float() - expected).square().mean().sqrt()
     assert error < 0.05 * expected.square().mean().sqrt()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_host_never_waits(generator):
+    model = tiny_model(generator)
+    inputs = tiny_inputs(generator)
+    with torch.no_grad():
+        expected = model(**inputs)
+        model, inputs = model.cuda(), {name: value.cuda() for name, value in inputs.items()}
+        model(**inputs)  # kernels load, tables are made
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            velocity = model(**inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(velocity.cpu(), expected, rtol=0, atol=1e-4)
