@@ -76,9 +76,12 @@ def apply_rope3d(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     num_video_tokens = cos.shape[0]
     cos, sin = (table[:, None, 0::2].to(_accumulate(x.dtype)) for table in (cos, sin))
-    even, odd = x[:, :num_video_tokens].to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    rotated = rotated.to(x.dtype)
+    # A copy, because complex numbers must start at even addresses. One complex product per pair
+    # takes less than half the time of separate real ones on a CPU.
+    video = x[:, :num_video_tokens]
+    video = video.to(cos.dtype, copy=True, memory_format=torch.contiguous_format)
+    rotated = torch.view_as_complex(video.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+    rotated = torch.view_as_real(rotated).flatten(-2).to(x.dtype)
     if num_video_tokens == x.shape[1]:
         return rotated
     return torch.cat((rotated, x[:, num_video_tokens:]), dim=1)

@@ -59,6 +59,8 @@ class FlashAttention:
     """
 
     block: int = 64
+    # Queries between two roundings of dk and dv to the dtype of the inputs; None: fp32 throughout.
+    gradient_block: int | None = None
     num_keys: Callable[[int], int] = _same
     num_queries: Callable[[int, int], int] = _first
     query: Callable[[Tensor, float], tuple[Tensor, float]] = lambda q, scale: (q, scale)
@@ -140,12 +142,22 @@ class FlashAttention:
             p = self.round_probabilities(p, q.dtype).float()
             parts = (
                 self.dquery(ds @ keys, scale),
-                self.dkey(ds.mT @ queries, scale),
-                p.mT @ douts,
+                self.dkey(self._over_queries(ds, queries, q.dtype), scale),
+                self._over_queries(p, douts, q.dtype),
             )
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient[item, : part.shape[1]] = self.round(part, q.dtype).transpose(0, 1)
         return gradients
+
+    def _over_queries(self, weights: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """weights^T x, summed over the queries in the precision the kernel keeps."""
+        if self.gradient_block is None:
+            return weights.mT @ x
+        total = torch.zeros(weights.shape[0], weights.shape[2], x.shape[2])
+        for start in range(0, x.shape[1], self.gradient_block):
+            rows = slice(start, start + self.gradient_block)
+            total = (total + weights[:, rows].mT @ x[:, rows]).to(dtype).float()
+        return total
 
 
 def plain_attention(
