@@ -187,11 +187,7 @@ class TorchSource:
             weight = f"{module}.weight"
             if weight not in self._state:
                 raise CheckpointError(f"{map_file}: {module} has a scale but no {weight}")
-            value = torch.as_tensor(scale, dtype=torch.float32).reshape(-1)
-            if value.numel() != 1 or not bool(value.isfinite().all()):
-                raise CheckpointError(f"{map_file}: {module} must be one finite scale, got {scale}")
-            # The released code casts every scale to bfloat16 before it is used.
-            self._state[weight + SCALE_SUFFIX] = value[0].to(torch.bfloat16)
+            self._state[weight + SCALE_SUFFIX] = _scale(scale, f"{map_file}: {module}")
             self.entries[weight + SCALE_SUFFIX] = Entry(map_file, (), torch.bfloat16)
         for name, value in list(self._state.items()):
             if value.dtype == torch.float8_e4m3fn and name + SCALE_SUFFIX not in self._state:
@@ -203,6 +199,15 @@ class TorchSource:
         yield from self._state.items()
 
 
+def _scale(scale: Any, where: str) -> Tensor:
+    """One finite scale as the bfloat16 that the released code casts it to before use."""
+    if isinstance(scale, (int, float, Tensor)):
+        value = torch.as_tensor(scale).reshape(-1)
+        if value.numel() == 1 and bool(value.isfinite()):
+            return value[0].to(torch.bfloat16)
+    raise CheckpointError(f"{where} must be one finite scale, got {scale!r}")
+
+
 def _load_torch(file: Path) -> dict[Any, Any]:
     zipped = zipfile.is_zipfile(file)
     if zipped:
@@ -211,13 +216,13 @@ def _load_torch(file: Path) -> dict[Any, Any]:
         data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file}: refused, the pickle is damaged or holds more than tensors and could run code "
-            f"({_first_line(error)}); convert it to safetensors where you trust it"
+            f"{file}: refused, the pickle holds more than tensors and could run code, or it is "
+            f"damaged ({_reason(error)}); ask for safetensors, or fetch the file again"
         ) from error
     # A damaged pickle may fail in any way that the unpickler's instructions can.
     except Exception as error:
         raise CheckpointError(
-            f"{file}: truncated or damaged ({type(error).__name__}: {_first_line(error)}); "
+            f"{file}: truncated or damaged ({type(error).__name__}: {_reason(error)}); "
             "fetch the file again"
         ) from error
     if not isinstance(data, dict):
@@ -225,8 +230,11 @@ def _load_torch(file: Path) -> dict[Any, Any]:
     return data
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
+def _reason(error: Exception) -> str:
+    """The line of torch's message that tells the fault, without its advice to trust the file."""
+    advice = ("Weights only load failed", "Please file an issue", "Check the documentation")
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line and not line.startswith(advice)), "no reason")
 
 
 def _check_archive(file: Path) -> None:
