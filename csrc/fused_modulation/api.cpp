@@ -3,13 +3,18 @@
 #include "common/registry.h"
 #include "common/tensor_caster.h"
 #include "fused_modulation/cpu.h"
+#ifdef HUNYUAN_FAST_CUDA
+#include "fused_modulation/cuda.h"
+#endif
 
 namespace py = pybind11;
 
 namespace hunyuan_fast::fused_modulation {
 namespace {
 
-void check(TensorView const& t, char const* name, DType dtype, int device, std::initializer_list<int64_t> size) {
+using Shape = std::initializer_list<int64_t>;
+
+void check(TensorView const& t, char const* name, DType dtype, int device, Shape size) {
     HUNYUAN_CHECK(t.dtype == dtype, name, " must be ", name_of(dtype), ", got ", name_of(t.dtype));
     HUNYUAN_CHECK(t.device == device, name, " is on another device than x");
     bool fits = t.ndim == static_cast<int>(size.size());
@@ -36,7 +41,7 @@ Vectors vectors(TensorView const& t, char const* name, DType dtype, TensorView c
     return {t.data, t.stride[0]};
 }
 
-float* contiguous(TensorView const& t, char const* name, TensorView const& x, std::initializer_list<int64_t> size) {
+float* contiguous(TensorView const& t, char const* name, TensorView const& x, Shape size) {
     check(t, name, DType::f32, x.device, size);
     HUNYUAN_CHECK(t.is_contiguous(), name, " must be contiguous");
     return t.as<float>();
@@ -86,28 +91,58 @@ void check_host(TensorView const& x, TensorView const& scale) {
     HUNYUAN_CHECK(scale.dtype == DType::f32, "scale must be float32 here, got ", name_of(scale.dtype));
 }
 
+void forward_host(TensorView const& x, TensorView const& shift, TensorView const& scale, double eps,
+                  TensorView const& y, TensorView const& mean, TensorView const& rstd, int num_threads) {
+    check_host(x, scale);
+    forward_cpu(x.dtype, forward_params(x, shift, scale, eps, y, mean, rstd), num_threads);
+}
+
+void backward_host(TensorView const& dy, TensorView const& x, TensorView const& scale, TensorView const& mean,
+                   TensorView const& rstd, TensorView const& partials, int64_t chunk_rows, TensorView const& dx,
+                   TensorView const& dshift, TensorView const& dscale, int num_threads) {
+    check_host(x, scale);
+    auto const params = backward_params(dy, x, scale, mean, rstd, partials, chunk_rows, dx, dshift, dscale);
+    backward_cpu(x.dtype, params, num_threads);
+}
+
+#ifdef HUNYUAN_FAST_CUDA
+Modulation modulation_of(TensorView const& x, TensorView const& scale) {
+    HUNYUAN_CHECK(x.device != kHost, "x must be on a CUDA device");
+    HUNYUAN_CHECK(scale.dtype == x.dtype || scale.dtype == DType::f32,
+                  "scale must be float32 or of the dtype of x, got ", name_of(scale.dtype));
+    return scale.dtype == DType::f32 ? Modulation::f32 : Modulation::as_x;
+}
+
+void forward_cuda(TensorView const& x, TensorView const& shift, TensorView const& scale, double eps,
+                  TensorView const& y, TensorView const& mean, TensorView const& rstd, int threads, int vectors,
+                  uintptr_t stream) {
+    auto const params = forward_params(x, shift, scale, eps, y, mean, rstd);
+    auto const launcher =
+        x.dtype == DType::f32 ? forward_f32 : x.dtype == DType::f16 ? forward_f16 : forward_bf16;
+    launcher(params, modulation_of(x, scale), {threads, vectors, reinterpret_cast<void*>(stream)});
+}
+
+void backward_cuda(TensorView const& dy, TensorView const& x, TensorView const& scale, TensorView const& mean,
+                   TensorView const& rstd, TensorView const& partials, int64_t chunk_rows, TensorView const& dx,
+                   TensorView const& dshift, TensorView const& dscale, int threads, int vectors,
+                   uintptr_t stream) {
+    auto const params = backward_params(dy, x, scale, mean, rstd, partials, chunk_rows, dx, dshift, dscale);
+    auto const launcher =
+        x.dtype == DType::f32 ? backward_f32 : x.dtype == DType::f16 ? backward_f16 : backward_bf16;
+    launcher(params, modulation_of(x, scale), {threads, vectors, reinterpret_cast<void*>(stream)});
+}
+#endif
+
 }  // namespace
 
 HUNYUAN_FAST_BIND(fused_modulation, m) {
-    m.def(
-        "fused_modulation_forward_cpu",
-        [](TensorView const& x, TensorView const& shift, TensorView const& scale, double eps, TensorView const& y,
-           TensorView const& mean, TensorView const& rstd, int num_threads) {
-            check_host(x, scale);
-            forward_cpu(x.dtype, forward_params(x, shift, scale, eps, y, mean, rstd), num_threads);
-        },
-        py::call_guard<py::gil_scoped_release>());
-    m.def(
-        "fused_modulation_backward_cpu",
-        [](TensorView const& dy, TensorView const& x, TensorView const& scale, TensorView const& mean,
-           TensorView const& rstd, TensorView const& partials, int64_t chunk_rows, TensorView const& dx,
-           TensorView const& dshift, TensorView const& dscale, int num_threads) {
-            check_host(x, scale);
-            auto const params =
-                backward_params(dy, x, scale, mean, rstd, partials, chunk_rows, dx, dshift, dscale);
-            backward_cpu(x.dtype, params, num_threads);
-        },
-        py::call_guard<py::gil_scoped_release>());
+    using release_gil = py::call_guard<py::gil_scoped_release>;
+    m.def("fused_modulation_forward_cpu", &forward_host, release_gil());
+    m.def("fused_modulation_backward_cpu", &backward_host, release_gil());
+#ifdef HUNYUAN_FAST_CUDA
+    m.def("fused_modulation_forward_cuda", &forward_cuda, release_gil());
+    m.def("fused_modulation_backward_cuda", &backward_cuda, release_gil());
+#endif
 }
 
 }  // namespace hunyuan_fast::fused_modulation
