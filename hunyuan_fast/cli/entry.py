@@ -6,7 +6,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from hunyuan_fast.cli import registry
 from hunyuan_fast.cli.errors import (
@@ -27,11 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    warnings.showwarning = _show_warning
     if argv is None:  # the process is ours
         signal.signal(signal.SIGTERM, _terminated)
     try:
-        _run(words)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            _run(words)
     except UsageError as error:
         return _report(error, USAGE, debug)
     except KeyboardInterrupt as error:
@@ -79,9 +80,9 @@ def describe(error: BaseException) -> str:
     """An exception in one line, for the user."""
     said = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing was written"
+        return "interrupted; no unfinished file is left"
     if isinstance(error, _Terminated):
-        return "terminated; nothing was written"
+        return "terminated; no unfinished file is left"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return (
             f"error: out of memory ({said or 'host memory'}); ask for fewer frames, a smaller "
@@ -96,10 +97,17 @@ def describe(error: BaseException) -> str:
     return f"error: internal error, {type(error).__name__}: {said}; --debug shows where"
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
-    said = " ".join(str(message).split())
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning for the user in one line; those for programmers are left out."""
     if issubclass(category, UserWarning):
-        print(f"hunyuan-fast: warning: {said}", file=sys.stderr)
+        print(f"hunyuan-fast: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 class _Terminated(BaseException):

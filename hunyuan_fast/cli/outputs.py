@@ -1,6 +1,7 @@
 """Where results go: names, and the trial of the place before the work starts."""
 
 import contextlib
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,9 @@ def output_paths(out: Path | None, count: int, suffix: str, *, stem: str) -> tup
         while any(Path().glob(f"{stem}-{number:04d}[._]*")):
             number += 1
         out = Path(f"{stem}-{number:04d}{suffix}")
-    if out.is_dir():
-        raise UsageError(f"-o must be a file name, got the directory {out}; add a name to it")
+    with contextlib.suppress(OSError):  # an impossible name, which `tried` will explain
+        if out.is_dir():
+            raise UsageError(f"-o must be a file name, got the directory {out}; add a name to it")
     if out.suffix.lower() != suffix:
         what = "a video" if suffix == ".mp4" else "one frame"
         raise UsageError(f"-o must end in {suffix} for {what}, got {str(out)!r}")
@@ -44,14 +46,18 @@ def tried(paths: Sequence[Path], *, overwrite: bool, size: int) -> Iterator[None
 
     Raises:
         CommandError: a file exists and ``overwrite`` is false, is no regular file, or the disk
-            has too little room.
-        OSError: a name is too long or a directory is not writable.
+            has too little room, or the place does not take a file of this name.
     """
     created: list[Path] = []
     try:
         for path in paths:
-            created += _make_directories(path.parent)
-            _try_place(path, overwrite)
+            try:
+                _make_directories(path.parent, created)
+                _try_place(path, overwrite)
+            except OSError as error:
+                raise CommandError(
+                    f"{path} cannot be written ({error.strerror}); choose another place with -o"
+                ) from error
         free = shutil.disk_usage(paths[0].parent).free
         if free < size:
             raise CommandError(
@@ -66,31 +72,20 @@ def tried(paths: Sequence[Path], *, overwrite: bool, size: int) -> Iterator[None
         raise
 
 
-def _make_directories(directory: Path) -> list[Path]:
-    missing = []
-    while not directory.exists():
-        missing.append(directory)
-        directory = directory.parent
-    for path in reversed(missing):
-        path.mkdir(exist_ok=True)
-    return missing[::-1]
+def _make_directories(directory: Path, created: list[Path]) -> None:
+    """Create what is missing of ``directory``, outermost first, and add it to ``created``."""
+    if directory.exists():
+        return
+    _make_directories(directory.parent, created)
+    directory.mkdir()
+    created.append(directory)
 
 
 def _try_place(path: Path, overwrite: bool) -> None:
-    try:
-        if path.exists() and not path.is_file():
-            raise CommandError(f"{path} is no regular file; choose another name with -o")
-        path.lstat()  # raises for a name that is too long
-    except FileNotFoundError:
-        pass
-    else:
-        if not overwrite:
-            raise CommandError(f"{path} exists; add --overwrite or choose another name with -o")
+    if path.exists() and not path.is_file():
+        raise CommandError(f"{path} is no regular file; choose another name with -o")
+    if not overwrite and os.path.lexists(path):
+        raise CommandError(f"{path} exists; add --overwrite or choose another name with -o")
     probe = path.parent / f".hunyuan-fast-{secrets.token_hex(6)}.part"
-    try:
-        probe.touch(exist_ok=False)
-    except OSError as error:
-        raise CommandError(
-            f"{path.parent} is not writable ({error.strerror}); choose another place with -o"
-        ) from error
+    probe.touch(exist_ok=False)
     probe.unlink()

@@ -31,7 +31,8 @@ def read_place(device: str | None, dtype: str | None) -> "tuple[torch.device, to
 
     from hunyuan_fast.pipelines.inputs import read_device, read_dtype
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return read_device(device), read_dtype(dtype)
     except ValueError as error:

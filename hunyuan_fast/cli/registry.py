@@ -7,20 +7,17 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-_PACKAGE = "hunyuan_fast.cli.commands"
+from hunyuan_fast.cli import commands
 
 
 def command_names() -> tuple[str, ...]:
     """The names of all commands, in alphabetical order."""
-    spec = importlib.util.find_spec(_PACKAGE)
-    assert spec is not None
-    modules = pkgutil.iter_modules(spec.submodule_search_locations)
-    return tuple(sorted(module.name for module in modules))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(commands.__path__)))
 
 
 def summary(name: str) -> str:
     """The first line of a command's docstring, read without running its module."""
-    spec = importlib.util.find_spec(f"{_PACKAGE}.{name}")
+    spec = importlib.util.find_spec(f"{commands.__name__}.{name}")
     assert spec is not None and spec.origin is not None
     doc = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
     assert doc, f"the command {name} has no docstring"
@@ -29,5 +26,7 @@ def summary(name: str) -> str:
 
 def load(name: str) -> Callable[[Sequence[str]], None]:
     """The function ``run(argv)`` of a command."""
-    run: Callable[[Sequence[str]], None] = importlib.import_module(f"{_PACKAGE}.{name}").run
+    run: Callable[[Sequence[str]], None] = importlib.import_module(
+        f"{commands.__name__}.{name}"
+    ).run
     return run

@@ -85,6 +85,7 @@ def run(argv: Sequence[str]) -> None:
     from hunyuan_fast.cli.stages import Stages, console
     from hunyuan_fast.pipelines import HunyuanVideoPipeline
 
+    _quieten_transformers()
     device, dtype = read_place(options.device, options.dtype)
     request, fps = _read(options)
     suffix = ".mp4" if request.num_frames > 1 else ".png"
@@ -107,6 +108,14 @@ def run(argv: Sequence[str]) -> None:
     for path in paths:
         print(f"{path}  {_shape(request, fps)}")
     console().print(stages.table())
+
+
+def _quieten_transformers() -> None:
+    """Its progress bars would tear ours apart."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _read(options: Options) -> "tuple[Request, float]":
