@@ -6,6 +6,7 @@ variables that steer the build.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -46,6 +47,10 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=beside)
 
 
+def say(text: str) -> None:
+    print(f"hunyuan-fast: {text}", file=sys.stderr)
+
+
 class CMakeBuild(build_ext):
     """Tries CUDA (where nvcc is), then C++ alone, then goes without, as far as it may."""
 
@@ -54,28 +59,34 @@ class CMakeBuild(build_ext):
         attempts = {"auto": ["auto", "cpu"], "cuda": ["cuda"], "cpu": ["cpu"], "none": []}[wanted]
         if required == "cuda":
             attempts = [kind.replace("auto", "cuda") for kind in attempts if kind != "cpu"]
-        for kind in attempts:
-            try:
-                return self.build(kind)
-            except (OSError, subprocess.CalledProcessError) as error:
-                print(f"hunyuan-fast: the native build ({kind}) failed: {error}", file=sys.stderr)
+        (extension,) = self.extensions
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        # what an earlier build left must not pass for the result of this one
+        target.unlink(missing_ok=True)
+        if self.editable_mode:
+            (ROOT / "hunyuan_fast" / target.name).unlink(missing_ok=True)
+        if any(self.attempt(kind, target.parent) for kind in attempts):
+            return
         if required:
-            raise SystemExit(f"hunyuan-fast: HUNYUAN_FAST_REQUIRE_EXT={required}, and it is not built")
+            raise SystemExit(f"HUNYUAN_FAST_REQUIRE_EXT={required}, and the native build failed")
         self.extensions = []
-        print(
-            "hunyuan-fast: installing without native kernels; the reference and Triton ones answer. "
-            "They need a C++17 compiler (g++ 11 or later), CMake 3.20 and Ninja.",
-            file=sys.stderr,
+        say(
+            "installing without native kernels: the reference and Triton ones will answer. "
+            "Native ones need a C++17 compiler (g++ 11 or later), CMake 3.20 and Ninja"
         )
 
-    def build(self, kind: str) -> None:
+    def attempt(self, kind: str, out: Path) -> bool:
+        try:
+            self.build(kind, out)
+        except (OSError, subprocess.CalledProcessError) as error:
+            say(f"the native build ({kind}) failed: {error}")
+            return False
+        return True
+
+    def build(self, kind: str, out: Path) -> None:
         cmake, ninja = tool("cmake"), tool("ninja")
         if cmake is None or ninja is None:
             raise OSError(f"{'cmake' if cmake is None else 'ninja'} is not on the path")
-        (extension,) = self.extensions
-        out = Path(self.get_ext_fullpath(extension.name)).resolve().parent
-        # each attempt has its own cache: CMake keeps what an earlier one found
-        tmp = Path(self.build_temp).resolve() / kind
         args = [
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -86,9 +97,14 @@ class CMakeBuild(build_ext):
         if archs := os.environ.get("TORCH_CUDA_ARCH_LIST"):
             args.append(f"-DCMAKE_CUDA_ARCHITECTURES={cuda_architectures(archs)}")
         args += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        # a folder for each set of choices: CMake keeps the compilers that it found the first time
+        choices = [args, *(os.environ.get(name) for name in ("CC", "CXX", "CUDACXX"))]
+        digest = hashlib.sha256(repr(choices).encode()).hexdigest()[:8]
+        tmp = Path(self.build_temp).resolve() / f"{kind}-{digest}"
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([cmake, "-S", ROOT, "-B", tmp, "-G", "Ninja", *args], check=True)
         subprocess.run([cmake, "--build", tmp, *jobs], check=True)
+
 
 rooms = find_packages("kernels")
 setup(

@@ -55,7 +55,7 @@ def use(name: str, op: str | None = None) -> Iterator[None]:
 
 
 def select(op: str, *args: object) -> ModuleType:
-    """The implementation of ``op`` that answers this call. ``args`` are those of its ``forward``."""
+    """The implementation of ``op`` that answers a call of its ``forward`` with ``args``."""
     named = _named.get(op) or _named.get(None)
     if named is not None:
         return _select_named(op, named, args)

@@ -37,8 +37,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--extra", choices=["dev"], help="also install this extra of the package")
     extra = parser.parse_args().extra
-    if sys.version_info < (3, 10):
-        raise SystemExit(f"hunyuan-fast needs Python 3.10 or later, this is {sys.version.split()[0]}")
+    if tuple(sys.version_info) < (3, 10):
+        raise SystemExit(
+            f"this is Python {sys.version.split()[0]}, hunyuan-fast needs 3.10 or later"
+        )
 
     done = json.loads(STAMP.read_text()) if STAMP.is_file() else {}
     python = f"{sys.executable} {sys.version}"
