@@ -5,25 +5,24 @@ A message has four parts: the argument, what was expected, what was given, and t
 
 import math
 import operator
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NoReturn
 
-SHOWN_CHARACTERS = 80
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 Reader = Callable[[str, Any], Any]
 
 
 def show(value: Any) -> str:
-    """Short form of a value for an error message."""
+    """Short form of a value on one line, for an error message."""
     # Python refuses to write an integer of thousands of digits.
-    text = f"about 2**{value.bit_length()}" if _is_huge(value) else repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
-
-
-def _is_huge(value: Any) -> bool:
-    return isinstance(value, int) and value.bit_length() > 256
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"about 2**{value.bit_length()}"
+    return " ".join(_SHORT.repr(value).split())
 
 
 def wrong_type(name: str, expected: str, value: Any, advice: str = "") -> NoReturn:
