@@ -1,5 +1,6 @@
 """The way in: choose the command, and turn whatever goes wrong into one line and a status."""
 
+import errno
 import signal
 import sys
 import traceback
@@ -17,6 +18,9 @@ from hunyuan_fast.cli.errors import (
     CommandError,
     UsageError,
 )
+
+_FREE_SPACE = "; free some space or choose another place with -o"
+_ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FREE_SPACE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +94,8 @@ def describe(error: BaseException) -> str:
         )
     if isinstance(error, OSError) and error.strerror:
         name = error.filename2 or error.filename
-        return f"error: {error.strerror}" + (f": {name}" if name is not None else "")
+        place = f": {name}" if name is not None else ""
+        return f"error: {error.strerror}{place}{_ADVICE.get(error.errno or 0, '')}"
     expected = (UsageError, CommandError, OSError, ValueError, RuntimeError, ArithmeticError)
     if isinstance(error, (*expected, ImportError, TypeError)) and said:
         return f"error: {said}"

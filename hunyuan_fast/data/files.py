@@ -36,8 +36,10 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iter
         if not overwrite and os.path.lexists(path):
             raise FileExistsError(f"{path} appeared while it was being written")
         hidden.replace(path)
-    except BaseException:
+    except BaseException as error:
         hidden.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a failed write does not say of which file
         raise
     _sync_directory(path.parent)
 

@@ -123,7 +123,7 @@ def read_video(
 
 
 def _rgb_array(frame: Any) -> np.ndarray:
-    """One frame as ``(H, W, 3)`` uint8, with interpolated chroma (repeated by default, up to 3 dB worse)."""
+    """One frame ``(H, W, 3)`` uint8; chroma is interpolated, as repeating it costs up to 3 dB."""
     from av.video.reformatter import Interpolation
 
     flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT

@@ -230,7 +230,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
         ):
             with pytest.raises(OSError) as caught:
                 write()
-            assert caught.value.errno == errno.EFBIG
+            assert caught.value.errno == errno.EFBIG and caught.value.filename == str(path)
             assert not list(tmp_path.iterdir())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
