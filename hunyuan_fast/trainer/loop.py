@@ -1,0 +1,216 @@
+"""The training loop of one stage: deterministic by step, interruptible, resumed bit for bit.
+
+A stage draws everything it needs (data, noise, timesteps) from (seed, stage, step), never from a
+running generator. A state on disk is therefore weights, optimiser moments, averages and the step.
+"""
+
+import hashlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hunyuan_fast.trainer.checkpoint import CheckpointFolder, write_atomically
+from hunyuan_fast.trainer.ema import EMA
+from hunyuan_fast.trainer.optim import OptimConfig, build_optimizers
+from hunyuan_fast.trainer.schedule import warmup_cosine
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+"""Called as ``progress(stage, finished steps, all steps, figures)`` after every logged step."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the stage, the step and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long a stage trains and what it writes; steps are optimiser steps."""
+
+    steps: int
+    optim: OptimConfig
+    warmup: int = 100
+    ema_decay: float = 0.999
+    log_every: int = 20
+    save_every: int = 250
+    max_bad_steps: int = 5
+
+
+class Stage(Protocol):
+    """What the loop trains. ``loss(step)`` must depend on the step alone."""
+
+    name: str
+    module: nn.Module
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The scalar loss of a step, and figures to log beside it."""
+        ...
+
+
+def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
+    """The random source of one step of one stage."""
+    mixed = hash_seed(seed, stage, step)
+    return torch.Generator().manual_seed(mixed)
+
+
+def hash_seed(*parts: int | str) -> int:
+    """A 63-bit seed from a few parts, the same on every machine and in every process."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic kernels within the block; the setting found comes back afterwards."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # poisoning fresh memory is for tests: it costs a pass over every activation here
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C inside the block only raises a flag, so that no step is left half done.
+
+    Yields a function that tells whether Ctrl-C came. Outside the main thread nothing changes.
+    """
+    came = False
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Run:
+    """One stage being trained: what is saved, restored and stepped."""
+
+    def __init__(self, stage: Stage, config: LoopConfig, folder: Path) -> None:
+        self.stage = stage
+        self.config = config
+        self.states = CheckpointFolder(folder / stage.name)
+        self.log = folder / stage.name / "log.jsonl"
+        self.optimizers = build_optimizers(stage.module, config.optim)
+        self.peaks = [group["lr"] for opt in self.optimizers for group in opt.param_groups]
+        self.ema = EMA(stage.module, config.ema_decay)
+        self.step = 0
+        self.seconds = 0.0
+        self.bad_steps = 0
+
+    def save(self) -> None:
+        self.states.save(
+            self.step,
+            {
+                "module": self.stage.module.state_dict(),
+                "optimizers": [opt.state_dict() for opt in self.optimizers],
+                "ema": self.ema.state_dict(),
+                "seconds": self.seconds,
+                "bad_steps": self.bad_steps,
+            },
+        )
+
+    def restore(self) -> None:
+        """Go back to the newest sound state, and drop log lines written after it."""
+        found = self.states.load_newest()
+        if found is None:
+            return
+        self.step, state = found
+        self.stage.module.load_state_dict(state["module"])
+        for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+        self.ema.load_state_dict(state["ema"])
+        self.seconds, self.bad_steps = state["seconds"], state["bad_steps"]
+        if self.log.is_file():
+            lines = [line for line in self.log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            write_atomically(self.log, "".join(f"{line}\n" for line in lines))
+
+    def _set_lr(self) -> float:
+        factor = warmup_cosine(self.step, steps=self.config.steps, warmup=self.config.warmup)
+        groups = [group for opt in self.optimizers for group in opt.param_groups]
+        for group, peak in zip(groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        return groups[0]["lr"]
+
+    def advance(self) -> dict[str, float]:
+        """One optimiser step; a step whose gradient is not finite is skipped and counted."""
+        lr = self._set_lr()
+        loss, figures = self.stage.loss(self.step)
+        loss.backward()
+        parameters = [p for p in self.stage.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.max_grad_norm).item()
+        if math.isfinite(norm) and math.isfinite(loss.item()):
+            for opt in self.optimizers:
+                opt.step()
+            self.ema.update()
+            self.bad_steps = 0
+        else:
+            self.bad_steps += 1
+            if self.bad_steps >= self.config.max_bad_steps:
+                raise TrainingError(
+                    f"stage {self.stage.name}, step {self.step}: {self.bad_steps} steps in a row with a loss or "
+                    "gradient that is not finite; lower the learning rate and resume from the last state"
+                )
+        for opt in self.optimizers:
+            opt.zero_grad(set_to_none=True)
+        self.step += 1
+        return {"loss": loss.item(), "lr": lr, "grad_norm": norm, **figures}
+
+
+def fit(
+    stage: Stage, config: LoopConfig, folder: Path, *, resume: bool = True, progress: Progress | None = None
+) -> EMA:
+    """Train a stage to ``config.steps`` and return the averaged weights, already in the module.
+
+    folder: gets ``<stage>/state-*.pt`` and ``<stage>/log.jsonl`` (step, loss, figures, seconds).
+    resume: continue from the newest state in the folder; otherwise its presence is an error.
+    Ctrl-C saves the state of the last finished step before KeyboardInterrupt goes on.
+    Raises TrainingError when the loss stays non-finite, ValueError for damaged or unwanted states.
+    """
+    run = _Run(stage, config, folder)
+    if run.states.steps() and not resume:
+        raise ValueError(f"{run.states.folder} already holds a training state: resume, or name a fresh folder")
+    run.restore()
+    run.states.folder.mkdir(parents=True, exist_ok=True)
+    stage.module.train()
+    with deterministic(), deferred_interrupt() as interrupted, run.log.open("a") as log:
+        while run.step < config.steps:
+            started = time.perf_counter()
+            figures = run.advance()
+            run.seconds += time.perf_counter() - started
+            if run.step % config.log_every == 0 or run.step == config.steps:
+                rounded = {name: float(f"{value:.6g}") for name, value in figures.items()}
+                log.write(json.dumps({"step": run.step, **rounded, "seconds": round(run.seconds, 2)}) + "\n")
+                log.flush()
+                if progress is not None:
+                    progress(stage.name, run.step, config.steps, figures)
+            if run.step % config.save_every == 0 or run.step == config.steps or interrupted():
+                run.save()
+            if interrupted():
+                raise KeyboardInterrupt(f"stage {stage.name} stopped and saved after step {run.step}")
+    stage.module.eval()
+    run.ema.copy_to_module()
+    return run.ema

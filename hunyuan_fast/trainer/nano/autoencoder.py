@@ -1,0 +1,110 @@
+"""Stage "vae": the causal 3D VAE, from low resolution and short to full size and length."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hunyuan_fast.data.shapes.batches import sample, to_float
+from hunyuan_fast.data.shapes.render import render
+from hunyuan_fast.models.vae.model import HunyuanVideoVAE
+from hunyuan_fast.trainer.loop import hash_seed, step_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of the curriculum: clips of ``frames`` x ``size`` x ``size``, ``batch`` at a time."""
+
+    steps: int
+    frames: int
+    size: int
+    batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """The objective: L1 + kl_weight * KL per latent value.
+
+    Technical report, equation 1, without its perceptual and adversarial terms: both need networks
+    trained on photographs. One step in five is images, the report's 4:1 mixture (section 4.1.1).
+    """
+
+    phases: tuple[Phase, ...]
+    kl_weight: float = 1e-4
+    image_every: int = 5
+    image_batch: int = 8
+    clip_frames: int = 17
+    clip_size: int = 96
+
+
+@torch.no_grad()
+def init_autoencoder(vae: HunyuanVideoVAE) -> None:
+    """Start as a nearly noiseless network of plain resampling convolutions.
+
+    Residual branches begin at zero; the posterior begins with a standard deviation of 0.05, since at torch's
+    default of 1 the noise drowns the mean and a small network never finds it.
+    """
+    for name, p in vae.named_parameters():
+        if ".conv2." in name or ".to_out." in name:
+            p.zero_()
+    assert vae.quant_conv.bias is not None
+    vae.quant_conv.bias[vae.config.latent_channels :] = -6.0
+
+
+class AutoencoderStage:
+    """Trains a VAE to reproduce rendered clips."""
+
+    name = "vae"
+
+    def __init__(self, vae: HunyuanVideoVAE, config: AutoencoderConfig, *, seed: int) -> None:
+        self.module = vae
+        self.config = config
+        self.seed = seed
+
+    @property
+    def steps(self) -> int:
+        return sum(phase.steps for phase in self.config.phases)
+
+    def _phase(self, step: int) -> Phase:
+        for phase in self.config.phases:
+            if step < phase.steps:
+                return phase
+            step -= phase.steps
+        return self.config.phases[-1]
+
+    def _crop(self, step: int, item: int, frames: int, size: int) -> Tensor:
+        """A random window in space and time of one rendered clip, (3, frames, size, size)."""
+        full = self.config.clip_size
+        seed = hash_seed(self.seed, self.name, step)
+        scene, _ = sample(seed, item)
+        rng = np.random.default_rng((seed, item, 1))
+        # frames are taken 1 to 3 apart where the clip is long enough (section 4.1.1 of the report: 1 to 8)
+        stride = int(rng.integers(1, max(1, min(3, (self.config.clip_frames - 1) // max(1, frames - 1))) + 1))
+        clip = render(scene, num_frames=self.config.clip_frames, height=full, width=full)
+        first = int(rng.integers(0, self.config.clip_frames - stride * (frames - 1)))
+        top, left = (int(v) for v in rng.integers(0, full - size + 1, size=2))
+        window = clip[first : first + stride * (frames - 1) + 1 : stride, top : top + size, left : left + size]
+        return to_float(np.ascontiguousarray(window))
+
+    def batch(self, step: int) -> Tensor:
+        """The clips of a step, (B, 3, T, H, W)."""
+        phase = self._phase(step)
+        if step % self.config.image_every == self.config.image_every - 1:
+            frames, size, count = 1, self.config.clip_size, self.config.image_batch
+        else:
+            frames, size, count = phase.frames, phase.size, phase.batch
+        return torch.stack([self._crop(step, item, frames, size) for item in range(count)])
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        video = self.batch(step).to(next(self.module.parameters()).device)
+        generator = step_generator(self.seed, self.name, step)
+        with torch.autocast(video.device.type, torch.bfloat16):
+            posterior = self.module.encode(video)
+            decoded = self.module.decode(posterior.sample(generator))
+        error = decoded.float() - video
+        kl = posterior.kl().float().mean() / posterior.mean[0].numel()
+        loss = error.abs().mean() + self.config.kl_weight * kl
+        # values span 2, so the peak signal is 2
+        psnr = 10 * torch.log10(4 / error.detach().square().mean())
+        return loss, {"psnr": psnr.item(), "kl": kl.item()}

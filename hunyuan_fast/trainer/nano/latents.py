@@ -1,0 +1,65 @@
+"""Clips and images as latents, encoded once: what the transformer trains on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hunyuan_fast.data.shapes.batches import caption, clip
+from hunyuan_fast.models.vae.model import HunyuanVideoVAE
+
+
+class LatentSet:
+    """Latents (N, C, T, H, W), scaled to unit variance, and the captions of the same scenes."""
+
+    def __init__(self, latents: Tensor, *, seed: int, frames: int) -> None:
+        self.latents = latents
+        self.seed = seed
+        self.frames = frames
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def caption(self, index: int, *, variant: int) -> str:
+        """A phrasing of scene ``index``; images are described without motion."""
+        return caption(self.seed, index, variant=variant, motion=self.frames > 1)
+
+
+@torch.no_grad()
+def encode_clips(
+    vae: HunyuanVideoVAE,
+    path: Path,
+    *,
+    seed: int,
+    count: int,
+    frames: int,
+    size: int,
+    batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> LatentSet:
+    """Render and encode scenes 0 .. count - 1 of the stream ``seed``, or read them back from ``path``.
+
+    The latents are posterior means, unscaled, bf16. A file of another size is refused with ValueError.
+    """
+    if path.is_file():
+        latents = load_file(path)["latents"]
+        if len(latents) != count:
+            raise ValueError(f"{path} holds {len(latents)} clips, expected {count}; delete it to encode anew")
+        return LatentSet(latents, seed=seed, frames=frames)
+    rows = []
+    device = next(vae.parameters()).device
+    for first in range(0, count, batch):
+        items = range(first, min(count, first + batch))
+        video = torch.stack([clip(seed, item, num_frames=frames, size=size) for item in items])
+        with torch.autocast(device.type, torch.bfloat16):
+            rows.append(vae.encode(video.to(device)).mode().to("cpu", torch.bfloat16))
+        if progress is not None:
+            progress(items[-1] + 1, count)
+    latents = torch.cat(rows).contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".tmp")
+    save_file({"latents": latents}, part)
+    part.replace(path)
+    return LatentSet(latents, seed=seed, frames=frames)

@@ -1,0 +1,202 @@
+"""All stages of the embedded model in order, from random weights to a folder that generates."""
+
+import copy
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hunyuan_fast.data.shapes.batches import clip
+from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
+from hunyuan_fast.models.text import CLIPTextEncoder, LLMTextEncoder, PromptTemplate
+from hunyuan_fast.models.vae.model import HunyuanVideoVAE
+from hunyuan_fast.pipelines import HunyuanVideoPipeline
+from hunyuan_fast.pipelines.settings import GenerationDefaults, PipelineSettings
+from hunyuan_fast.trainer.checkpoint import write_atomically
+from hunyuan_fast.trainer.loop import Progress, fit, hash_seed
+from hunyuan_fast.trainer.nano import recipe as sizes
+from hunyuan_fast.trainer.nano.autoencoder import AutoencoderStage, init_autoencoder
+from hunyuan_fast.trainer.nano.latents import LatentSet, encode_clips
+from hunyuan_fast.trainer.nano.recipe import NanoRecipe, Prompting
+from hunyuan_fast.trainer.nano.text import (
+    ContrastiveModel,
+    ContrastiveStage,
+    LanguageStage,
+    build_clip_text,
+    build_llm,
+    build_tokenizer,
+)
+from hunyuan_fast.trainer.nano.transformer import DistillationStage, FlowStage, FrozenPrompts
+
+RECIPE_FILE = "recipe.json"
+
+
+def train(
+    recipe: NanoRecipe, out: Path, *, resume: bool = False, progress: Progress | None = None
+) -> Path:
+    """Train the miniature and return the folder of the finished pipeline, ``out/model``.
+
+    out: also gets each stage's states and its log (``<stage>/log.jsonl``), the encoded clips and the recipe.
+    resume: go on from what is in ``out``, which must come from the same recipe. The finished weights are the
+        same, bit for bit, whether or not and wherever the run was interrupted, on one machine.
+    Raises ValueError for a folder in use without ``resume`` or of another recipe, TrainingError if it diverges.
+    """
+    _claim(recipe, out, resume)
+    torch.set_num_threads(recipe.threads)
+    return _Run(recipe, out, progress).all_stages()
+
+
+def _claim(recipe: NanoRecipe, out: Path, resume: bool) -> None:
+    """Make sure that ``out`` is fresh, or holds the same recipe and is to be resumed."""
+    path = out / RECIPE_FILE
+    if path.is_file():
+        if not resume:
+            raise ValueError(f"out {str(out)!r} already holds a run: add --resume to go on, or name a fresh folder")
+        if json.loads(path.read_text()) != asdict(recipe):
+            raise ValueError(f"out {str(out)!r} holds a run of another recipe ({path}): name a fresh folder")
+        return
+    if resume:
+        raise ValueError(f"out {str(out)!r} holds no run to resume: {path} is missing; start it without --resume")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(asdict(recipe), indent=2) + "\n")
+
+
+class _Run:
+    """The stages, each of which uses what the earlier ones made."""
+
+    def __init__(self, recipe: NanoRecipe, out: Path, progress: Progress | None) -> None:
+        self.recipe = recipe
+        self.out = out
+        self.progress = progress
+        self.device = torch.device(recipe.device)
+        self.tokenizer = build_tokenizer()
+
+    def all_stages(self) -> Path:
+        started = time.perf_counter()
+        vae = self.autoencoder()
+        clips, images = self.encode(vae, "clips"), self.encode(vae, "images")
+        vae.config = _with_scale(vae, clips)
+        llm = self.language()
+        clip_text = self.contrastive(clips)
+        template = PromptTemplate(
+            template=Prompting().template,
+            crop_start=Prompting().crop_start,
+            max_length=Prompting().max_length,
+        )
+        encoders = (
+            LLMTextEncoder(llm, self.tokenizer, template, Prompting().skip_layer),
+            CLIPTextEncoder(clip_text, self.tokenizer, Prompting().clip_max_length),
+        )
+        prompts = FrozenPrompts(*encoders)
+        scale = vae.config.scaling_factor
+        teacher = self.flow(prompts, images, clips, scale)
+        student = self.distill(teacher, prompts, clips, scale)
+        settings = PipelineSettings(
+            prompt_template=template,
+            hidden_state_skip_layer=Prompting().skip_layer,
+            clip_max_length=Prompting().clip_max_length,
+            generation=GenerationDefaults(height=sizes.SIZE, width=sizes.SIZE, num_frames=sizes.FRAMES, fps=8),
+        )
+        folder = self.out / "model"
+        pipeline = HunyuanVideoPipeline(student, vae, *encoders, settings)
+        # stored in half precision: the package carries these weights
+        _round_to(torch.bfloat16, student, llm, clip_text)
+        _round_to(torch.float16, vae)
+        pipeline.save_pretrained(folder)
+        note = {"seconds_of_this_run": round(time.perf_counter() - started, 1)}
+        write_atomically(self.out / "finished.json", json.dumps(note) + "\n")
+        return folder
+
+    def _seeded(self, stage: str) -> None:
+        torch.manual_seed(hash_seed(self.recipe.seed, stage, "weights"))
+
+    def autoencoder(self) -> HunyuanVideoVAE:
+        config, loop = self.recipe.autoencoder()
+        self._seeded("vae")
+        vae = HunyuanVideoVAE(**sizes.VAE)
+        init_autoencoder(vae)
+        stage = AutoencoderStage(vae.to(self.device), config, seed=self.recipe.seed)
+        fit(stage, loop, self.out, progress=self.progress)
+        return vae
+
+    def encode(self, vae: HunyuanVideoVAE, kind: str) -> LatentSet:
+        count, frames = {
+            "clips": (self.recipe.num_clips, sizes.FRAMES),
+            "images": (self.recipe.num_images, 1),
+        }[kind]
+        return encode_clips(
+            vae,
+            self.out / "latents" / f"{kind}.safetensors",
+            seed=hash_seed(self.recipe.seed, kind),
+            count=count,
+            frames=frames,
+            size=sizes.SIZE,
+            progress=self.progress and (lambda done, total: self.progress(f"encode {kind}", done, total, {})),
+        )
+
+    def language(self) -> nn.Module:
+        self._seeded("llm")
+        model = build_llm(self.tokenizer, **sizes.TEXT).to(self.device)
+        stage = LanguageStage(model, self.tokenizer, seed=self.recipe.seed, batch=self.recipe.text_batch)
+        fit(stage, self.recipe.text(self.recipe.llm_steps), self.out, progress=self.progress)
+        return model.model
+
+    def contrastive(self, clips: LatentSet) -> nn.Module:
+        self._seeded("clip")
+        text = build_clip_text(self.tokenizer, **{**sizes.TEXT, "depth": 2})
+        model = ContrastiveModel(text, clips.latents[0]).to(self.device)
+        stage = ContrastiveStage(
+            model, self.tokenizer, clips, seed=self.recipe.seed, batch=self.recipe.text_batch
+        )
+        fit(stage, self.recipe.text(self.recipe.clip_steps), self.out, progress=self.progress)
+        return text
+
+    def flow(
+        self, prompts: FrozenPrompts, images: LatentSet, clips: LatentSet, scale: float
+    ) -> HunyuanVideoTransformer:
+        config, loop = self.recipe.flow()
+        self._seeded("dit")
+        model = HunyuanVideoTransformer(**sizes.TRANSFORMER).to(self.device)
+        stage = FlowStage(
+            model, prompts, images, clips, config, scaling_factor=scale, seed=self.recipe.seed
+        )
+        fit(stage, loop, self.out, progress=self.progress)
+        return model
+
+    def distill(
+        self, teacher: HunyuanVideoTransformer, prompts: FrozenPrompts, clips: LatentSet, scale: float
+    ) -> HunyuanVideoTransformer:
+        config, loop = self.recipe.distillation()
+        student = copy.deepcopy(teacher)
+        stage = DistillationStage(
+            student, teacher, prompts, clips, config, scaling_factor=scale, seed=self.recipe.seed
+        )
+        fit(stage, loop, self.out, progress=self.progress)
+        return student
+
+
+def _with_scale(vae: HunyuanVideoVAE, clips: LatentSet) -> Any:
+    """The VAE's config with the factor that brings the latents to unit variance."""
+    factor = 1 / clips.latents.float().std().item()
+    return type(vae.config)(**{**asdict(vae.config), "scaling_factor": round(factor, 6)})
+
+
+def _round_to(dtype: torch.dtype, *modules: nn.Module) -> None:
+    for module in modules:
+        module.to(dtype)
+
+
+def reconstruction_psnr(vae: HunyuanVideoVAE, *, seed: int, count: int) -> float:
+    """Mean PSNR in dB, over clips of fresh scenes, of decode(encode(clip)) in 8-bit values."""
+    values = []
+    for index in range(count):
+        video = clip(seed, index, num_frames=sizes.FRAMES, size=sizes.SIZE)[None]
+        with torch.no_grad():
+            decoded = vae.decode(vae.encode(video).mode()).clamp(-1, 1)
+        error = ((decoded - video) / 2).square().mean()
+        values.append(-10 * torch.log10(error).item())
+    return sum(values) / len(values)
