@@ -43,31 +43,31 @@ class NanoRecipe:
     seed: int = 0
     threads: int = 2
     device: str = "cpu"
-    vae_image_steps: int = 900
-    vae_short_steps: int = 1000
-    vae_full_steps: int = 900
+    vae_image_steps: int = 1500
+    vae_short_steps: int = 600
+    vae_full_steps: int = 600
     num_clips: int = 8192
     num_images: int = 16384
     llm_steps: int = 600
     clip_steps: int = 800
-    dit_image_steps: int = 4000
-    dit_clip_steps: int = 3600
-    guidance_steps: int = 400
+    dit_image_steps: int = 3000
+    dit_clip_steps: int = 2200
+    guidance_steps: int = 250
     text_batch: int = 128
     save_every: int = 250
 
     def autoencoder(self) -> tuple[AutoencoderConfig, LoopConfig]:
         config = AutoencoderConfig(
             phases=(
-                Phase(steps=self.vae_image_steps, frames=1, size=SIZE, batch=6),
-                Phase(steps=self.vae_short_steps, frames=5, size=SIZE, batch=2),
-                Phase(steps=self.vae_full_steps, frames=FRAMES, size=SIZE, batch=1),
+                Phase(steps=self.vae_image_steps, frames=1, size=SIZE, batch=8),
+                Phase(steps=self.vae_short_steps, frames=5, size=SIZE, batch=4),
+                Phase(steps=self.vae_full_steps, frames=FRAMES, size=SIZE, batch=2),
             ),
             clip_frames=FRAMES,
             clip_size=SIZE,
         )
         steps = sum(phase.steps for phase in config.phases)
-        return config, self._loop(steps, OptimConfig(lr=1e-3, muon_lr=1e-2), ema_decay=0.995, warmup=50)
+        return config, self._loop(steps, OptimConfig(lr=1e-3, muon_lr=4e-3), ema_decay=0.99, warmup=50)
 
     def text(self, steps: int) -> LoopConfig:
         return self._loop(steps, OptimConfig(lr=2e-3), ema_decay=0.98, warmup=50)
