@@ -8,13 +8,15 @@ mapped file into its place. Peak memory is the model and, at most, the pages of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hunyuan_fast.models.weights.errors import CheckpointError
 from hunyuan_fast.models.weights.layout import Layout
@@ -33,6 +35,26 @@ class Slot:
     shape: tuple[int, ...]
     start: int | None = None
     swap_halves: bool = False
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves parameters as allocated: on the meta device initialisers only cost a second."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        draws = func in (Tensor.uniform_, Tensor.normal_)
+        if draws or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Models built in this context have shapes but neither memory nor values."""
+    with torch.device("meta"), _WithoutValues():
+        yield
 
 
 def slots(model: nn.Module, rules: Sequence[Rule], layout: Layout) -> dict[str, Slot]:

@@ -13,7 +13,7 @@ from torch import nn
 from typing_extensions import Self
 
 from hunyuan_fast.models.weights.configs import read_config
-from hunyuan_fast.models.weights.loader import load
+from hunyuan_fast.models.weights.loader import load, without_memory
 from hunyuan_fast.models.weights.locate import locate
 from hunyuan_fast.models.weights.manifest import Manifest
 from hunyuan_fast.models.weights.writer import save
@@ -75,7 +75,7 @@ class Pretrained:
         names = cls.checkpoint_names()
         if config is None:
             config = read_config(located, cls.config_class, cls.component, names)
-        with torch.device("meta"):
+        with without_memory():
             model = cls.from_config(config)
         assert isinstance(model, nn.Module)
         rules = names.rules(config)

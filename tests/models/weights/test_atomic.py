@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -92,7 +90,8 @@ def test_an_interrupted_save_leaves_the_earlier_one(
 
 
 LIMITED = """
-import resource, signal, sys, torch
+import os, resource, signal, sys, torch
+os.fsync = lambda descriptor: None
 from hunyuan_fast.models import HunyuanVideoTransformer
 from tests.models.dit_cases import TINY
 model = HunyuanVideoTransformer(**TINY)
@@ -104,24 +103,86 @@ except OSError as error:
     print("OSError", error)
 """
 
-ENDLESS = """
-import sys
+# One warm process; its fork number n kills itself at the n-th call that touches the file system.
+KILLED = """
+import json, os, shutil, signal, sys
+os.fsync = lambda descriptor: None  # a kill loses nothing that the kernel has; a power cut does
+from pathlib import Path
+import torch
 from hunyuan_fast.models import HunyuanVideoTransformer
 from tests.models.dit_cases import TINY
-model = HunyuanVideoTransformer(**TINY)
-print("ready", flush=True)
-while True:
-    model.save_pretrained(sys.argv[1], max_shard_bytes=100_000)
+
+EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
+old, new = HunyuanVideoTransformer(**TINY), HunyuanVideoTransformer(**TINY)
+root, replacing = Path(sys.argv[1]), sys.argv[2] == "replacing"
+counts = {"killed": 0, "absent": 0, "old": 0, "new": 0}
+
+def save_and_die_at(number, place):
+    seen = 0
+    def hook(event, arguments):
+        nonlocal seen
+        if event not in EVENTS:
+            return
+        seen += 1
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    new.save_pretrained(place, max_shard_bytes=400_000)
+
+number, status = 0, signal.SIGKILL
+while status == signal.SIGKILL:
+    number += 1
+    place = root / str(number) / "m"
+    if replacing:
+        old.save_pretrained(place)
+    child = os.fork()
+    if child == 0:
+        save_and_die_at(number, place)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    counts["killed"] += status == signal.SIGKILL
+    if not place.exists():
+        counts["absent"] += 1
+        # Between two renames the earlier model and the new one both lie beside the name.
+        whole = list(place.parent.glob(".hunyuan-fast-*/manifest.json")) if replacing else []
+        assert not replacing or len(whole) == 2, number
+        continue
+    found = HunyuanVideoTransformer.from_pretrained(place)
+    is_new = torch.equal(found.img_in.proj.weight, new.img_in.proj.weight)
+    assert is_new or torch.equal(found.img_in.proj.weight, old.img_in.proj.weight), number
+    counts["new" if is_new else "old"] += 1
+assert status == 0, status
+print(json.dumps(counts))
 """
+
+
+def test_every_file_is_durable_before_the_name_appears(
+    tmp_path: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    rename = Path.rename
+
+    def synced(descriptor: int) -> None:
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    def renamed(source: Path, target: Path) -> Path:
+        events.append("rename")
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    random_transformer(generator).save_pretrained(tmp_path / "m", max_shard_bytes=100_000)
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    assert {entry.name for entry in (tmp_path / "m").iterdir()} < set(before)
+    assert any(name.startswith(".hunyuan-fast-") for name in before)
+    assert after == [tmp_path.name]
 
 
 def python(code: str, *arguments: str) -> subprocess.Popen[str]:
     root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
+    return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def test_no_room_for_the_file(tmp_path: Path) -> None:
@@ -131,28 +192,18 @@ def test_no_room_for_the_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
-def test_killed_at_any_moment(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.parametrize("case", ["fresh", "replacing"])
+def test_killed_at_every_step(tmp_path: Path, case: str) -> None:
     """Under the name there is a whole model or none; never a part of one."""
-    draw = random.Random(3)
-    survived = 0
-    for trial in range(4):
-        place = tmp_path / str(trial) / "m"
-        child = python(ENDLESS, str(place))
-        assert child.stdout is not None and child.stdout.readline() == "ready\n"
-        time.sleep(0.05 + draw.random() * 0.4)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        assert child.returncode == -signal.SIGKILL
-        if place.exists():
-            load(place)
-            survived += 1
-        else:
-            parts = (
-                [entry.name for entry in place.parent.iterdir()] if place.parent.exists() else []
-            )
-            assert all(name.startswith(".hunyuan-fast-") for name in parts)
-    assert survived > 0
+    output, _ = python(KILLED, str(tmp_path), case).communicate()
+    counts = json.loads(output)
+    assert counts["killed"] > 15
+    assert counts["new"] > 1
+    if case == "fresh":
+        assert counts["absent"] > 10 and counts["old"] == 0
+    else:
+        assert counts["old"] > 10 and counts["absent"] <= 2
 
 
 def test_atomic_folder_reports_an_unwritable_place(tmp_path: Path) -> None:

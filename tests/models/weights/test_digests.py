@@ -18,7 +18,7 @@ load = HunyuanVideoTransformer.from_pretrained
 
 @pytest.fixture
 def folder(tmp_path: Path, generator: torch.Generator) -> Path:
-    random_transformer(generator).save_pretrained(tmp_path / "m", max_shard_bytes=150_000)
+    random_transformer(generator).save_pretrained(tmp_path / "m", max_shard_bytes=400_000)
     return tmp_path / "m"
 
 
@@ -28,7 +28,7 @@ def test_every_flipped_bit_in_every_file_is_found(folder: Path) -> None:
     assert len(files) >= 5
     for file in files:
         whole = file.read_bytes()
-        for _ in range(25):
+        for _ in range(12):
             broken = bytearray(whole)
             broken[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
             file.write_bytes(broken)
@@ -62,7 +62,7 @@ def test_zeroed_page_and_exchanged_shards(folder: Path, tmp_path: Path) -> None:
         load(folder)
 
     other = random_transformer(torch.Generator().manual_seed(77))
-    other.save_pretrained(tmp_path / "other", max_shard_bytes=150_000)
+    other.save_pretrained(tmp_path / "other", max_shard_bytes=400_000)
     file.write_bytes((tmp_path / "other" / file.name).read_bytes())
     with pytest.raises(CheckpointError, match=f"{file.name}: .* is damaged"):
         load(folder)
