@@ -15,7 +15,7 @@ DEMO := demo/red-circle-moving-right.mp4
 demo:
 	@$(PYTHON) scripts/bootstrap.py
 	@mkdir -p demo
-	$(BIN)/hunyuan-fast generate "a red circle moving right" -o $(DEMO)
+	$(BIN)/hunyuan-fast generate "a red circle moving right" -o $(DEMO) --overwrite
 	@echo "The video is $(DEMO)"
 
 test:
