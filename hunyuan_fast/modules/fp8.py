@@ -78,11 +78,12 @@ class Fp8Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
         """Move with the model, but stay fp8 when the model is cast to another dtype."""
-        weight, scale = self.weight, self.weight_scale
+        weight, scale = self.weight.detach(), self.weight_scale
         super()._apply(fn, recurse)
         if self.weight.dtype != FP8:
             self.weight = nn.Parameter(weight.to(self.weight.device), requires_grad=False)
-        self.weight_scale = scale.to(self.weight.device)
+        if self.weight_scale.dtype != torch.bfloat16:
+            self.weight_scale = scale.to(self.weight.device)
         return self
 
     def extra_repr(self) -> str:
