@@ -170,15 +170,26 @@ def test_another_template_for_one_call(llm: LLMTextEncoder) -> None:
     assert llm.encode(["a star"])[0].shape == (1, 32, 32)
 
 
-def test_llava_checkpoint_gives_its_language_model() -> None:
-    tokenizer = byte_tokenizer(closes=False)
-    llama = tiny_llama(tokenizer)
+def test_language_model_inside_a_whole_llava_is_found(llm: LLMTextEncoder, tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    class Llava(torch.nn.Module):
-        language_model = llama
-
-    encoder = LLMTextEncoder(Llava(), tokenizer, TEMPLATE)
-    assert encoder.model is llama and encoder.dim == 32
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=16,
+        patch_size=8,
+    )
+    whole = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=llm.model.config, vision_config=vision, image_token_index=3)
+    )
+    whole.model.language_model.load_state_dict(llm.model.state_dict())
+    whole.save_pretrained(tmp_path / "llava")
+    llm.tokenizer.save_pretrained(tmp_path / "llava")
+    again = LLMTextEncoder.from_pretrained(tmp_path / "llava", tmp_path / "llava", TEMPLATE)
+    assert type(again.model).__name__ == "LlamaModel"
+    assert torch.equal(again.encode(PROMPTS)[0], llm.encode(PROMPTS)[0])
 
 
 def test_round_trip_through_folders(
@@ -309,6 +320,11 @@ def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_bad_template_is_refused(change: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         PromptTemplate(**{"template": "{}", "crop_start": 0, **change})
+
+
+def test_clip_as_language_model_is_refused(llm: LLMTextEncoder, clip: CLIPTextEncoder) -> None:
+    with pytest.raises(TypeError, match="model must be a LlamaModel or hold one, got CLIPText"):
+        LLMTextEncoder(clip.model, llm.tokenizer, TEMPLATE)
 
 
 def test_crop_into_the_prompt_is_refused(llm: LLMTextEncoder) -> None:
