@@ -64,6 +64,20 @@ def read_config(located: Located, config_class: type, component: str, names: Mod
         raise CheckpointError(f"{path}: {error}; is it the config.json of this model?") from error
 
 
+def check_depth(config: Any, located: Located) -> None:
+    """Refuse, before anything is built, a config with more layers than the file has tensors."""
+    limit = len(located.source.entries)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        counts_layers = field.name.endswith("depth") or "layers" in field.name
+        size = len(value) if isinstance(value, tuple) else value if counts_layers else 0
+        if size > limit:
+            raise CheckpointError(
+                f"{located.config or located.place}: {field.name} asks for {size} layers, but the "
+                f"weights are {limit} tensors; they do not belong together"
+            )
+
+
 def _native(data: dict[str, Any], path: Path, component: str) -> dict[str, Any]:
     if data.get("format") != FORMAT:
         raise CheckpointError(

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from hunyuan_fast.models.weights.configs import read_config
+from hunyuan_fast.models.weights.configs import check_depth, read_config
+from hunyuan_fast.models.weights.errors import CheckpointError
 from hunyuan_fast.models.weights.loader import load, without_memory
 from hunyuan_fast.models.weights.locate import locate
 from hunyuan_fast.models.weights.manifest import Manifest
@@ -75,10 +76,17 @@ class Pretrained:
         names = cls.checkpoint_names()
         if config is None:
             config = read_config(located, cls.config_class, cls.component, names)
-        with without_memory():
-            model = cls.from_config(config)
+        check_depth(config, located)
+        try:
+            with without_memory():
+                model = cls.from_config(config)
+            rules = names.rules(config)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{located.config or located.place}: no model can be built from these settings "
+                f"({str(error).splitlines()[0]}); fetch the file again"
+            ) from error
         assert isinstance(model, nn.Module)
-        rules = names.rules(config)
         load(model, located, rules, device=place, dtype=dtype, keep_fp8=keep_fp8, verify=verify)
         model.eval()
         return model

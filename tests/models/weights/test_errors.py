@@ -166,6 +166,28 @@ def test_missing_config(stored: Path, tmp_path: Path, layout: str) -> None:
     refused(folder, str(folder / "config.json"), "no such file")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_single_layers": 10**9},
+        {"attention_head_dim": 10**13, "num_attention_heads": 10**13},
+        {"num_layers": 1.5},
+        {"num_layers": None},
+        {"rope_axes_dim": [2, 2, 10**30]},
+        {"patch_size": -1},
+        {"text_embed_dim": "many"},
+        {"pooled_projection_dim": 5.0},
+    ],
+)
+def test_settings_of_no_possible_model(
+    stored: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Refused at once: neither a billion layers nor an impossible size is tried."""
+    folder = copied(stored, "diffusers", tmp_path)
+    edit_json(folder / "config.json", lambda data: data.update(change))
+    refused(folder, "config.json")
+
+
 # --- mixed-up models -------------------------------------------------------------------------
 
 
@@ -320,6 +342,7 @@ def test_noise_in_the_header_never_escapes(stored: Path, tmp_path: Path, which: 
     assert refusals > 20
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_files_of_another_kind(tmp_path: Path) -> None:
     for name, content, words in [
         ("a.safetensors", b"<!DOCTYPE html><html>", "not a checkpoint"),
@@ -394,6 +417,7 @@ def test_archive_bombs(tmp_path: Path) -> None:
     refused(file, str(file), "data.pkl", "compressed or too large")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_torch_files_without_tensors(tmp_path: Path) -> None:
     file = tmp_path / "model.pt"
     torch.save({"module": {"epoch": 3}}, file)
