@@ -126,9 +126,9 @@ def test_usage_of_any_command(cli: Callable, tmp_path: Path, words: list[str], s
 def test_wrong_values_are_refused_quickly(cli: Callable, model: Path) -> None:
     """No weight is read for them."""
     cli("generate", PROMPT, "--model", model, "--frames", 8)  # imports
-    began = time.perf_counter()
+    began = time.process_time()
     assert cli("generate", PROMPT, "--model", model, "--frames", 8).status == 2
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 # name: (what to do to a copy of the model's folder, what the line must say)
