@@ -4,7 +4,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,7 @@ class Stages:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
             console=console,
             disable=not console.is_terminal,
         )
@@ -63,12 +64,18 @@ class Stages:
         self._finish()
         self._progress.stop()
 
-    def __call__(self, stage: str, step: int, total: int) -> None:
-        """Report that ``step`` of ``total`` steps of ``stage`` are done; a new name starts it."""
+    def __call__(
+        self, stage: str, step: int, total: int, figures: Mapping[str, float] | None = None
+    ) -> None:
+        """Report that ``step`` of ``total`` steps of ``stage`` are done; a new name starts it.
+
+        ``figures`` (a loss, say) are shown behind the bar.
+        """
         if stage != self._name:
             self._begin(stage, total)
         if self._task is not None:
-            self._progress.update(self._task, completed=step, total=total)
+            note = "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
+            self._progress.update(self._task, completed=step, total=total, note=note)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -101,7 +108,7 @@ class Stages:
 
             torch.cuda.reset_peak_memory_stats(self._cuda)
         self._name, self._started = name, time.perf_counter()
-        self._task = self._progress.add_task(name, total=total)
+        self._task = self._progress.add_task(name, total=total, note="")
         if not self._console.is_terminal:
             self._console.print(f"{name} ...", markup=False)
 

@@ -23,19 +23,25 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _nano(argv: Sequence[str]) -> None:
+    from tyro.conf import OmitArgPrefixes
+
+    from hunyuan_fast.cli.stages import Stages, console
     from hunyuan_fast.trainer.nano import NanoRecipe, train
 
     @dataclass(frozen=True)
     class Options:
-        """Train the miniature that ships with the package, in place of it or beside it."""
+        """What ``hunyuan-fast train nano`` takes."""
 
         out: Path = Path("runs/nano")
-        """Folder of the checkpoints and of the finished model."""
+        """Folder of the checkpoints; the finished pipeline becomes its subfolder model."""
         resume: bool = False
         """Go on from the last checkpoint in the folder."""
-        recipe: NanoRecipe = field(default_factory=NanoRecipe)
+        recipe: OmitArgPrefixes[NanoRecipe] = field(default_factory=NanoRecipe)
         debug: bool = False
         """Show the traceback of an error."""
 
     options: Any = parse(Options, argv, "train nano", __doc__)
-    train(options.recipe, options.out, resume=options.resume)
+    device = options.recipe.device
+    with Stages(device, console(stderr=True)) as stages:
+        folder = train(options.recipe, options.out, resume=options.resume, progress=stages)
+    print(folder)
