@@ -1,1 +1,1 @@
-"""Training: objectives, the loop, checkpoints with exact resume, and the recipe of the embedded model."""
+"""Training: objectives, the loop, checkpoints with exact resume, recipes."""

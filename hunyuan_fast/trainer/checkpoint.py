@@ -24,7 +24,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)
+    part.replace(path)
 
 
 class CheckpointFolder:
@@ -52,7 +52,7 @@ class CheckpointFolder:
             file.flush()
             os.fsync(file.fileno())
         digest = _digest(part)
-        os.replace(part, path)
+        part.replace(path)
         write_atomically(path.with_suffix(".json"), json.dumps({"step": step, "sha256": digest}))
         for old in self.steps()[: -self.keep]:
             self.folder.joinpath(f"state-{old}.json").unlink()

@@ -31,7 +31,9 @@ class EMA:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         names, current = zip(*self._parameters(), strict=True)
-        torch._foreach_lerp_([self.average[name] for name in names], [p.float() for p in current], 1 - decay)
+        torch._foreach_lerp_(
+            [self.average[name] for name in names], [p.float() for p in current], 1 - decay
+        )
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,11 @@ class Stage(Protocol):
     """What the loop trains. ``loss(step)`` must depend on the step alone."""
 
     name: str
-    module: nn.Module
+
+    @property
+    def module(self) -> nn.Module:
+        """The network whose parameters are trained."""
+        ...
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """The scalar loss of a step, and figures to log beside it."""
@@ -73,15 +77,16 @@ def hash_seed(*parts: int | str) -> int:
 def deterministic() -> Iterator[None]:
     """Deterministic kernels within the block; the setting found comes back afterwards."""
     before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     # poisoning fresh memory is for tests: it costs a pass over every activation here
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 @contextmanager
@@ -145,7 +150,11 @@ class _Run:
         self.ema.load_state_dict(state["ema"])
         self.seconds, self.bad_steps = state["seconds"], state["bad_steps"]
         if self.log.is_file():
-            lines = [line for line in self.log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            lines = [
+                line
+                for line in self.log.read_text().splitlines()
+                if json.loads(line)["step"] <= self.step
+            ]
             write_atomically(self.log, "".join(f"{line}\n" for line in lines))
 
     def _set_lr(self) -> float:
@@ -171,8 +180,9 @@ class _Run:
             self.bad_steps += 1
             if self.bad_steps >= self.config.max_bad_steps:
                 raise TrainingError(
-                    f"stage {self.stage.name}, step {self.step}: {self.bad_steps} steps in a row with a loss or "
-                    "gradient that is not finite; lower the learning rate and resume from the last state"
+                    f"stage {self.stage.name}, step {self.step}: {self.bad_steps} steps in a row "
+                    "with a loss or gradient that is not finite; lower the learning rate and "
+                    "resume from the last state"
                 )
         for opt in self.optimizers:
             opt.zero_grad(set_to_none=True)
@@ -181,7 +191,12 @@ class _Run:
 
 
 def fit(
-    stage: Stage, config: LoopConfig, folder: Path, *, resume: bool = True, progress: Progress | None = None
+    stage: Stage,
+    config: LoopConfig,
+    folder: Path,
+    *,
+    resume: bool = True,
+    progress: Progress | None = None,
 ) -> EMA:
     """Train a stage to ``config.steps`` and return the averaged weights, already in the module.
 
@@ -192,7 +207,9 @@ def fit(
     """
     run = _Run(stage, config, folder)
     if run.states.steps() and not resume:
-        raise ValueError(f"{run.states.folder} already holds a training state: resume, or name a fresh folder")
+        raise ValueError(
+            f"{run.states.folder} already holds a training state: resume, or name a fresh folder"
+        )
     run.restore()
     run.states.folder.mkdir(parents=True, exist_ok=True)
     stage.module.train()
@@ -203,14 +220,19 @@ def fit(
             run.seconds += time.perf_counter() - started
             if run.step % config.log_every == 0 or run.step == config.steps:
                 rounded = {name: float(f"{value:.6g}") for name, value in figures.items()}
-                log.write(json.dumps({"step": run.step, **rounded, "seconds": round(run.seconds, 2)}) + "\n")
+                log.write(
+                    json.dumps({"step": run.step, **rounded, "seconds": round(run.seconds, 2)})
+                    + "\n"
+                )
                 log.flush()
                 if progress is not None:
                     progress(stage.name, run.step, config.steps, figures)
             if run.step % config.save_every == 0 or run.step == config.steps or interrupted():
                 run.save()
             if interrupted():
-                raise KeyboardInterrupt(f"stage {stage.name} stopped and saved after step {run.step}")
+                raise KeyboardInterrupt(
+                    f"stage {stage.name} stopped and saved after step {run.step}"
+                )
     stage.module.eval()
     run.ema.copy_to_module()
     return run.ema

@@ -1,10 +1,10 @@
-"""Muon: momentum whose update is orthogonalised, for matrices and for convolution kernels seen as matrices.
+"""Muon: momentum whose update is orthogonalised, for matrices and convolution kernels.
 
-torch.optim.Muon takes matrices only. Here a kernel (O, I, t, h, w) counts as the matrix (O, I*t*h*w),
-and all matrices of one shape are orthogonalised in one batched call, which is what makes it cheap for
-small networks.
-Source: K. Jordan and others, "Muon: an optimizer for hidden layers in neural networks" (2024); the step is
-scaled to the root mean square of AdamW's, so that learning rates are comparable across shapes.
+torch.optim.Muon takes matrices only. Here a kernel (O, I, t, h, w) counts as the matrix
+(O, I*t*h*w), and all matrices of one shape are orthogonalised in one batched call, which is what
+makes it cheap for small networks.
+Source: K. Jordan and others, "Muon: an optimizer for hidden layers in neural networks" (2024); the
+step is scaled to the root mean square of AdamW's, so that learning rates are comparable.
 """
 
 from collections import defaultdict
@@ -13,14 +13,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-# Quintic Newton-Schulz coefficients of the source: every singular value ends near 1 after five rounds.
+# Quintic Newton-Schulz coefficients of the source: singular values end near 1 after five rounds.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
 _ADAMW_RMS = 0.2
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, approximately. (K, M, N) of any dtype to (K, M, N) float32."""
+    """The nearest semi-orthogonal matrices, approximately; (K, M, N) to (K, M, N) float32."""
     a, b, c = _COEFFICIENTS
     x = matrices.bfloat16()
     wide = x.size(-2) <= x.size(-1)
@@ -45,7 +45,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim < 2:
-                    raise ValueError(f"params must have two or more dimensions, got shape {tuple(p.shape)}")
+                    raise ValueError(
+                        f"params must have two or more dimensions, got shape {tuple(p.shape)}"
+                    )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

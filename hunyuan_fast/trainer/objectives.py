@@ -1,4 +1,4 @@
-"""What is minimised, as pure functions of tensors: flow matching, contrastive matching, next-token prediction."""
+"""What is minimised, as pure functions of tensors."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from hunyuan_fast.samplers.schedule import shift_sigmas
 def logit_normal_sigmas(batch: int, *, shift: float, generator: torch.Generator) -> Tensor:
     """Noise levels for training, (B,) float32 in (0, 1).
 
-    The sigmoid of a standard normal (technical report, section 4.5), then the same shift as in sampling:
-    larger shifts train more at high noise. Each batch is stratified, so that it covers the whole range.
+    The sigmoid of a standard normal (technical report, section 4.5), then shifted as in sampling:
+    larger shifts train more at high noise. Each batch is stratified, so that it covers the range.
     """
     strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     order = torch.randperm(batch, generator=generator)
@@ -26,13 +26,15 @@ def add_noise(data: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def flow_matching_loss(velocity: Tensor, data: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the velocity against noise - data (section 4.5, with noise at time 1 as released)."""
+    """Mean squared error against noise - data (section 4.5, noise at time 1 as in the release)."""
     return F.mse_loss(velocity.float(), noise - data)
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Cross entropy of token l + 1 given the tokens up to l. logits (B, L, V), tokens and mask (B, L)."""
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+    """Cross entropy of token l + 1 given those up to l; logits (B, L, V), tokens, mask (B, L)."""
+    losses = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
+    )
     kept = mask[:, 1:].flatten()
     return (losses * kept).sum() / kept.sum()
 

@@ -13,8 +13,8 @@ class OptimConfig:
     """Peak learning rates and their companions.
 
     muon_lr: learning rate of Muon; None trains everything by AdamW
-    muon_excludes: parts of names that AdamW keeps. Modulations begin at zero and scale other layers; first and
-        last layers face data rather than features.
+    muon_excludes: parts of names that AdamW keeps. Modulations begin at zero and scale others;
+        first and last layers face data rather than features.
     """
 
     lr: float
@@ -39,7 +39,9 @@ def build_optimizers(module: nn.Module, config: OptimConfig) -> list[torch.optim
     optimizers: list[torch.optim.Optimizer] = []
     if outer:
         optimizers.append(
-            torch.optim.AdamW(outer, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+            torch.optim.AdamW(
+                outer, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            )
         )
     if config.muon_lr is not None and inner:
         optimizers.append(Muon(inner, lr=config.muon_lr))

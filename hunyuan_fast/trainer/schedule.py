@@ -4,7 +4,7 @@ import math
 
 
 def warmup_cosine(step: int, *, steps: int, warmup: int, final: float = 0.02) -> float:
-    """Factor on the peak learning rate: linear rise over ``warmup`` steps, then a cosine to ``final``.
+    """Factor on the peak learning rate: linear for ``warmup`` steps, then a cosine to ``final``.
 
     step: 0-based, below ``steps``. Returns a number in (0, 1].
     """

@@ -1,4 +1,4 @@
-"""A reproducible stream of captioned clips: sample ``i`` depends on (seed, i) alone, not on who draws it when."""
+"""A reproducible stream of captioned clips: sample ``i`` depends on (seed, i) alone."""
 
 import numpy as np
 import torch
@@ -10,7 +10,11 @@ from hunyuan_fast.data.shapes.scene import TRAINED, Combination, Scene, sample_s
 
 
 def sample(
-    seed: int, index: int, *, combinations: tuple[Combination, ...] = TRAINED, two_things: float = 0.2
+    seed: int,
+    index: int,
+    *,
+    combinations: tuple[Combination, ...] = TRAINED,
+    two_things: float = 0.2,
 ) -> tuple[Scene, str]:
     """Scene and caption number ``index`` of the stream ``seed``."""
     rng = np.random.default_rng((seed, index))
@@ -35,7 +39,14 @@ def to_float(frames: np.ndarray | Tensor) -> Tensor:
     return video.float() / 127.5 - 1
 
 
-def clip(seed: int, index: int, *, num_frames: int = 17, size: int = 96) -> Tensor:
+def clip(
+    seed: int,
+    index: int,
+    *,
+    num_frames: int = 17,
+    size: int = 96,
+    combinations: tuple[Combination, ...] = TRAINED,
+) -> Tensor:
     """Clip number ``index``, (3, T, H, W) in [-1, 1]."""
-    scene, _ = sample(seed, index)
+    scene, _ = sample(seed, index, combinations=combinations)
     return to_float(render(scene, num_frames=num_frames, height=size, width=size))

@@ -1,4 +1,7 @@
-"""Many ways to say what a scene shows. The grammar is small on purpose: its words are the tokenizer's vocabulary."""
+"""Many ways to say what a scene shows.
+
+The grammar is small on purpose: its words are the tokenizer's vocabulary.
+"""
 
 import numpy as np
 
@@ -22,7 +25,7 @@ def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
 
 
 def _noun(rng: np.random.Generator, thing: Thing) -> str:
-    """"a large red circle", with the size said only now and then."""
+    """ "a large red circle", with the size said only now and then."""
     size = ""
     if thing.size in SIZE_WORDS and rng.random() < 0.5:
         size = _pick(rng, SIZE_WORDS[thing.size]) + " "
@@ -40,7 +43,7 @@ def _motion(rng: np.random.Generator, thing: Thing) -> str:
 
 
 def describe(rng: np.random.Generator, scene: Scene, *, motion: bool = True) -> str:
-    """One caption of ``scene``, lower case, no final stop; without ``motion`` that of a still image."""
+    """One caption of ``scene``, lower case; without ``motion`` that of a still image."""
     phrases = []
     for thing in scene.things:
         noun = _noun(rng, thing)

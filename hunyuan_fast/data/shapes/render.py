@@ -29,7 +29,7 @@ def _star(radius: float) -> list[tuple[float, float]]:
 
 
 def signed_distance(shape: str, radius: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance in the units of x and y to the outline of a shape centred at the origin, negative inside.
+    """Distance to the outline of a shape centred at the origin, negative inside.
 
     x, y: coordinates of any equal shape. Raises ValueError for an unknown shape.
     """
@@ -39,7 +39,11 @@ def signed_distance(shape: str, radius: float, x: np.ndarray, y: np.ndarray) -> 
         half = 0.88 * radius
         return _polygon([(-half, -half), (half, -half), (half, half), (-half, half)], x, y)
     if shape == "triangle":
-        return _polygon([(0, -1.05 * radius), (1.1 * radius, 0.85 * radius), (-1.1 * radius, 0.85 * radius)], x, y)
+        return _polygon(
+            [(0, -1.05 * radius), (1.1 * radius, 0.85 * radius), (-1.1 * radius, 0.85 * radius)],
+            x,
+            y,
+        )
     if shape == "star":
         return _polygon(_star(radius), x, y)
     raise ValueError(f"shape must be circle, square, triangle or star, got {shape!r}")

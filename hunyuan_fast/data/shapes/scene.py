@@ -1,4 +1,4 @@
-"""What can be in a clip: shapes, colours, motions, sizes, speeds, backgrounds, and the held-out split."""
+"""What can be in a clip: shapes, colours, motions, sizes, speeds, backgrounds; and the split."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -19,9 +19,14 @@ COLOURS = {
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
 # "Radius" in pixels of a 96-pixel frame; scaled with the frame.
 SIZES = {"small": 10.0, "medium": 13.5, "large": 17.5}
-# Pixels of a 96-pixel frame per frame at 17 frames; scaled so that the whole path is what it is there.
+# Pixels of a 96-pixel frame from one frame to the next.
 SPEEDS = {"slow": 1.25, "normal": 2.0, "fast": 2.9}
-BACKGROUNDS = {"black": (10, 10, 12), "gray": (110, 110, 110), "brown": (95, 62, 36), "teal": (0, 88, 92)}
+BACKGROUNDS = {
+    "black": (10, 10, 12),
+    "gray": (110, 110, 110),
+    "brown": (95, 62, 36),
+    "teal": (0, 88, 92),
+}
 
 Combination = tuple[str, str, str]  # (colour, shape, direction)
 
@@ -40,13 +45,15 @@ HELD_OUT: tuple[Combination, ...] = tuple(
     combination for combination in product(COLOURS, SHAPES, DIRECTIONS) if is_held_out(*combination)
 )
 TRAINED: tuple[Combination, ...] = tuple(
-    combination for combination in product(COLOURS, SHAPES, DIRECTIONS) if not is_held_out(*combination)
+    combination
+    for combination in product(COLOURS, SHAPES, DIRECTIONS)
+    if not is_held_out(*combination)
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One moving object. ``start`` is the centre in the first frame, in units of the frame's size."""
+    """One moving object; ``start`` is its first centre, in units of the frame's size."""
 
     colour: str
     shape: str
@@ -76,7 +83,9 @@ class Scene:
     background: str
 
 
-def _place(rng: np.random.Generator, radius: float, travel: tuple[float, float]) -> tuple[float, float]:
+def _place(
+    rng: np.random.Generator, radius: float, travel: tuple[float, float]
+) -> tuple[float, float]:
     """A start from which the whole path stays inside the frame."""
     margin = radius + 0.01
     low = [max(margin, margin - step) for step in travel]
@@ -114,7 +123,7 @@ def sample_scene(
     combinations: tuple[Combination, ...] = TRAINED,
     two_things: float = 0.2,
 ) -> Scene:
-    """Draw a scene whose things come from ``combinations``; two things with probability ``two_things``."""
+    """Draw a scene of things from ``combinations``, two of them with probability ``two_things``."""
     first = _thing(rng, combinations[rng.integers(len(combinations))], tuple(SIZES))
     things: tuple[Thing, ...] = (first,)
     if rng.random() < two_things:

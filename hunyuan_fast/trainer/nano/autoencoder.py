@@ -14,7 +14,7 @@ from hunyuan_fast.trainer.loop import hash_seed, step_generator
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of the curriculum: clips of ``frames`` x ``size`` x ``size``, ``batch`` at a time."""
+    """A stretch of the curriculum: ``batch`` clips of ``frames`` x ``size`` x ``size`` a step."""
 
     steps: int
     frames: int
@@ -45,8 +45,8 @@ class AutoencoderConfig:
 def init_autoencoder(vae: HunyuanVideoVAE) -> None:
     """Start as a nearly noiseless network of plain resampling convolutions.
 
-    Residual branches begin at zero; the posterior begins with a standard deviation of 0.05, since at torch's
-    default of 1 the noise drowns the mean and a small network never finds it.
+    Residual branches begin at zero; the posterior begins with a standard deviation of 0.05, since
+    at torch's default of 1 the noise drowns the mean and a small network never finds it.
     """
     for name, p in vae.named_parameters():
         if ".conv2." in name or ".to_out." in name:
@@ -82,12 +82,16 @@ class AutoencoderStage:
         seed = hash_seed(self.seed, self.name, step)
         scene, _ = sample(seed, item)
         rng = np.random.default_rng((seed, item, 1))
-        # frames are taken 1 to 3 apart where the clip is long enough (section 4.1.1 of the report: 1 to 8)
-        stride = int(rng.integers(1, max(1, min(3, (self.config.clip_frames - 1) // max(1, frames - 1))) + 1))
+        # frames are taken 1 to 3 apart where there are enough (technical report, 4.1.1: 1 to 8)
+        stride = int(
+            rng.integers(1, max(1, min(3, (self.config.clip_frames - 1) // max(1, frames - 1))) + 1)
+        )
         clip = render(scene, num_frames=self.config.clip_frames, height=full, width=full)
         first = int(rng.integers(0, self.config.clip_frames - stride * (frames - 1)))
         top, left = (int(v) for v in rng.integers(0, full - size + 1, size=2))
-        window = clip[first : first + stride * (frames - 1) + 1 : stride, top : top + size, left : left + size]
+        window = clip[
+            first : first + stride * (frames - 1) + 1 : stride, top : top + size, left : left + size
+        ]
         return to_float(np.ascontiguousarray(window))
 
     def batch(self, step: int) -> Tensor:

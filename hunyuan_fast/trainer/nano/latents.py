@@ -39,14 +39,16 @@ def encode_clips(
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentSet:
-    """Render and encode scenes 0 .. count - 1 of the stream ``seed``, or read them back from ``path``.
+    """Render and encode scenes 0 to count - 1 of the stream ``seed``, or read them from ``path``.
 
-    The latents are posterior means, unscaled, bf16. A file of another size is refused with ValueError.
+    The latents are posterior means, unscaled, bf16. Raises ValueError for a file of another size.
     """
     if path.is_file():
         latents = load_file(path)["latents"]
         if len(latents) != count:
-            raise ValueError(f"{path} holds {len(latents)} clips, expected {count}; delete it to encode anew")
+            raise ValueError(
+                f"{path} holds {len(latents)} clips, expected {count}; delete it to encode anew"
+            )
         return LatentSet(latents, seed=seed, frames=frames)
     rows = []
     device = next(vae.parameters()).device

@@ -14,7 +14,7 @@ VAE: dict[str, Any] = {
     "latent_channels": 8,
     "block_out_channels": (16, 32, 64, 64),
     "layers_per_block": 1,
-    # few groups: normalisation over (T, H, W) removes the level of a group, and with it a plain colour
+    # few groups: normalisation over (T, H, W) takes the level of a group, and a plain colour is one
     "norm_num_groups": 4,
 }
 TEXT: dict[str, int] = {"width": 128, "depth": 4, "heads": 4}
@@ -36,7 +36,8 @@ TRANSFORMER: dict[str, Any] = {
 class NanoRecipe:
     """Length and batch of every stage; the defaults make the weights that ship with the package.
 
-    seed: of weights, data and noise    threads: CPU threads, part of what makes a run repeat bit for bit
+    seed: of weights, data and noise
+    threads: CPU threads, part of what makes a run repeat bit for bit
     device: "cpu" or "cuda"    num_clips, num_images: scenes encoded once for the transformer
     """
 
@@ -67,7 +68,9 @@ class NanoRecipe:
             clip_size=SIZE,
         )
         steps = sum(phase.steps for phase in config.phases)
-        return config, self._loop(steps, OptimConfig(lr=1e-3, muon_lr=4e-3), ema_decay=0.99, warmup=50)
+        return config, self._loop(
+            steps, OptimConfig(lr=1e-3, muon_lr=4e-3), ema_decay=0.99, warmup=50
+        )
 
     def text(self, steps: int) -> LoopConfig:
         return self._loop(steps, OptimConfig(lr=2e-3), ema_decay=0.98, warmup=50)
@@ -75,11 +78,15 @@ class NanoRecipe:
     def flow(self) -> tuple[FlowConfig, LoopConfig]:
         config = FlowConfig(image_steps=self.dit_image_steps, clip_steps=self.dit_clip_steps)
         steps = config.image_steps + config.clip_steps
-        return config, self._loop(steps, OptimConfig(lr=1e-3, muon_lr=3e-3), ema_decay=0.999, warmup=100)
+        return config, self._loop(
+            steps, OptimConfig(lr=1e-3, muon_lr=3e-3), ema_decay=0.999, warmup=100
+        )
 
     def distillation(self) -> tuple[DistillationConfig, LoopConfig]:
         config = DistillationConfig(steps=self.guidance_steps)
-        return config, self._loop(config.steps, OptimConfig(lr=3e-4, muon_lr=5e-4), ema_decay=0.99, warmup=30)
+        return config, self._loop(
+            config.steps, OptimConfig(lr=3e-4, muon_lr=5e-4), ema_decay=0.99, warmup=30
+        )
 
     def _loop(self, steps: int, optim: OptimConfig, *, ema_decay: float, warmup: int) -> LoopConfig:
         return LoopConfig(

@@ -1,4 +1,4 @@
-"""Stages "llm" and "clip": a word tokenizer, a small Llama by next-token prediction, a small CLIP by matching."""
+"""Stages "llm" and "clip": a word tokenizer, a small Llama and a small CLIP text model."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ PAD, UNKNOWN, BEGIN, END = "[PAD]", "[UNK]", "[BOS]", "[EOT]"
 
 
 def build_tokenizer() -> Any:
-    """A lower-casing word tokenizer over the caption grammar, every text framed by [BOS] and [EOT]."""
+    """A lower-casing word tokenizer of the caption grammar; [BOS] and [EOT] frame every text."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -25,7 +25,8 @@ def build_tokenizer() -> Any:
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(
-        single=f"{BEGIN} $A {END}", special_tokens=[(BEGIN, words.index(BEGIN)), (END, words.index(END))]
+        single=f"{BEGIN} $A {END}",
+        special_tokens=[(BEGIN, words.index(BEGIN)), (END, words.index(END))],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -37,7 +38,7 @@ def build_tokenizer() -> Any:
     )
 
 
-def build_llm(tokenizer: Any, *, width: int, depth: int, heads: int) -> nn.Module:
+def build_llm(tokenizer: Any, *, width: int, depth: int, heads: int) -> Any:
     """A LlamaForCausalLM for this tokenizer; its ``model`` part is the text encoder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,7 +59,7 @@ def build_llm(tokenizer: Any, *, width: int, depth: int, heads: int) -> nn.Modul
     )
 
 
-def build_clip_text(tokenizer: Any, *, width: int, depth: int, heads: int) -> nn.Module:
+def build_clip_text(tokenizer: Any, *, width: int, depth: int, heads: int) -> Any:
     """A CLIPTextModel for this tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -104,12 +105,12 @@ class LanguageStage:
 
 
 class ContrastiveModel(nn.Module):
-    """The CLIP text model and, for training only, a small convolutional tower that looks at latents."""
+    """The CLIP text model and, for training only, a convolutional tower that sees latents."""
 
-    def __init__(self, text: nn.Module, example: Tensor) -> None:
+    def __init__(self, text: Any, example: Tensor) -> None:
         """example: latents (C, T, H, W) of the size to come."""
         super().__init__()
-        width = text.config.hidden_size
+        width: int = text.config.hidden_size
         channels, frames, rows, columns = example.shape
         cells = ((frames + 1) // 2) * ((rows + 3) // 4) * ((columns + 3) // 4)
         self.text = text
@@ -128,7 +129,9 @@ class ContrastiveModel(nn.Module):
     def forward(self, ids: Tensor, latents: Tensor) -> Tensor:
         """The matching loss of captions ids (B, L) and latents (B, C, T, H, W)."""
         pooled = self.text(input_ids=ids).pooler_output
-        return contrastive_loss(pooled, self.video(latents), self.log_temperature.exp().clamp(min=0.02))
+        return contrastive_loss(
+            pooled, self.video(latents), self.log_temperature.exp().clamp(min=0.02)
+        )
 
 
 class ContrastiveStage:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hunyuan_fast.data.shapes.batches import clip
 from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
 from hunyuan_fast.models.text import CLIPTextEncoder, LLMTextEncoder, PromptTemplate
 from hunyuan_fast.models.vae.model import HunyuanVideoVAE
@@ -40,10 +39,11 @@ def train(
 ) -> Path:
     """Train the miniature and return the folder of the finished pipeline, ``out/model``.
 
-    out: also gets each stage's states and its log (``<stage>/log.jsonl``), the encoded clips and the recipe.
-    resume: go on from what is in ``out``, which must come from the same recipe. The finished weights are the
-        same, bit for bit, whether or not and wherever the run was interrupted, on one machine.
-    Raises ValueError for a folder in use without ``resume`` or of another recipe, TrainingError if it diverges.
+    out: also gets each stage's states and log (``<stage>/log.jsonl``), the clips, the recipe
+    resume: go on from what is in ``out``, which must come from the same recipe. On one machine the
+        finished weights are the same, bit for bit, wherever the run was interrupted.
+    Raises ValueError for a folder in use without ``resume`` or of another recipe, TrainingError if
+    training diverges.
     """
     _claim(recipe, out, resume)
     torch.set_num_threads(recipe.threads)
@@ -55,12 +55,16 @@ def _claim(recipe: NanoRecipe, out: Path, resume: bool) -> None:
     path = out / RECIPE_FILE
     if path.is_file():
         if not resume:
-            raise ValueError(f"out {str(out)!r} already holds a run: add --resume to go on, or name a fresh folder")
+            raise ValueError(
+                f"out {str(out)!r} holds a run: add --resume to go on, or name a fresh folder"
+            )
         if json.loads(path.read_text()) != asdict(recipe):
-            raise ValueError(f"out {str(out)!r} holds a run of another recipe ({path}): name a fresh folder")
+            raise ValueError(f"out {str(out)!r} holds another recipe ({path}): name a fresh folder")
         return
     if resume:
-        raise ValueError(f"out {str(out)!r} holds no run to resume: {path} is missing; start it without --resume")
+        raise ValueError(
+            f"out {str(out)!r} holds no run to resume: {path} is missing; start it without --resume"
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(asdict(recipe), indent=2) + "\n")
 
@@ -99,7 +103,9 @@ class _Run:
             prompt_template=template,
             hidden_state_skip_layer=Prompting().skip_layer,
             clip_max_length=Prompting().clip_max_length,
-            generation=GenerationDefaults(height=sizes.SIZE, width=sizes.SIZE, num_frames=sizes.FRAMES, fps=8),
+            generation=GenerationDefaults(
+                height=sizes.SIZE, width=sizes.SIZE, num_frames=sizes.FRAMES, fps=8
+            ),
         )
         folder = self.out / "model"
         pipeline = HunyuanVideoPipeline(student, vae, *encoders, settings)
@@ -135,13 +141,16 @@ class _Run:
             count=count,
             frames=frames,
             size=sizes.SIZE,
-            progress=self.progress and (lambda done, total: self.progress(f"encode {kind}", done, total, {})),
+            progress=self.progress
+            and (lambda done, total: self.progress(f"encode {kind}", done, total, {})),
         )
 
     def language(self) -> nn.Module:
         self._seeded("llm")
         model = build_llm(self.tokenizer, **sizes.TEXT).to(self.device)
-        stage = LanguageStage(model, self.tokenizer, seed=self.recipe.seed, batch=self.recipe.text_batch)
+        stage = LanguageStage(
+            model, self.tokenizer, seed=self.recipe.seed, batch=self.recipe.text_batch
+        )
         fit(stage, self.recipe.text(self.recipe.llm_steps), self.out, progress=self.progress)
         return model.model
 
@@ -168,7 +177,11 @@ class _Run:
         return model
 
     def distill(
-        self, teacher: HunyuanVideoTransformer, prompts: FrozenPrompts, clips: LatentSet, scale: float
+        self,
+        teacher: HunyuanVideoTransformer,
+        prompts: FrozenPrompts,
+        clips: LatentSet,
+        scale: float,
     ) -> HunyuanVideoTransformer:
         config, loop = self.recipe.distillation()
         student = copy.deepcopy(teacher)
@@ -188,15 +201,3 @@ def _with_scale(vae: HunyuanVideoVAE, clips: LatentSet) -> Any:
 def _round_to(dtype: torch.dtype, *modules: nn.Module) -> None:
     for module in modules:
         module.to(dtype)
-
-
-def reconstruction_psnr(vae: HunyuanVideoVAE, *, seed: int, count: int) -> float:
-    """Mean PSNR in dB, over clips of fresh scenes, of decode(encode(clip)) in 8-bit values."""
-    values = []
-    for index in range(count):
-        video = clip(seed, index, num_frames=sizes.FRAMES, size=sizes.SIZE)[None]
-        with torch.no_grad():
-            decoded = vae.decode(vae.encode(video).mode()).clamp(-1, 1)
-        error = ((decoded - video) / 2).square().mean()
-        values.append(-10 * torch.log10(error).item())
-    return sum(values) / len(values)

@@ -30,7 +30,7 @@ class FlowConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """Guidance distillation: scales drawn evenly from ``scales`` (technical report, section 5.2: 1 to 8)."""
+    """Guidance distillation: scales drawn evenly from ``scales`` (section 5.2: 1 to 8)."""
 
     steps: int
     batch: int = 16
@@ -114,7 +114,7 @@ class FlowStage:
 def draw(
     source: LatentSet, batch: int, step: int, drop_caption: float, generator: torch.Generator
 ) -> tuple[Tensor, list[str]]:
-    """Latents (B, C, T, H, W) fp32 and captions, some of them emptied for unconditional training."""
+    """Latents (B, C, T, H, W) fp32 and captions, some emptied for unconditional training."""
     chosen = torch.randint(len(source), (batch,), generator=generator)
     dropped = torch.rand(batch, generator=generator) < drop_caption
     captions = [
@@ -171,7 +171,13 @@ class DistillationStage:
 
     @torch.no_grad()
     def _guided(
-        self, noisy: Tensor, times: Tensor, states: Tensor, mask: Tensor, pooled: Tensor, scales: Tensor
+        self,
+        noisy: Tensor,
+        times: Tensor,
+        states: Tensor,
+        mask: Tensor,
+        pooled: Tensor,
+        scales: Tensor,
     ) -> Tensor:
         one = guidance_input(torch.ones_like(scales))
         empty, empty_mask, empty_pooled = self.prompts([""] * len(noisy))
