@@ -1,6 +1,8 @@
 #include "common/parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -86,6 +88,22 @@ Pool& pool() {
     return *the_pool;
 }
 
+// The entry of the OpenMP runtime that torch has loaded; null without one, and in a forked child,
+// where that runtime would wait for threads which do not exist.
+pid_t const loaded_in = getpid();
+using Team = void (*)(void (*)(void*), void*, unsigned num_threads, unsigned flags);
+
+Team openmp_team() {
+    static Team const team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return getpid() == loaded_in ? team : nullptr;
+}
+
+void work_in_team(void* job) {
+    inside = true;
+    static_cast<Job*>(job)->work();
+    inside = false;
+}
+
 }  // namespace
 
 void run_pieces(int64_t count, int64_t grain, int num_threads, Piece piece, void const* body) {
@@ -95,6 +113,10 @@ void run_pieces(int64_t count, int64_t grain, int num_threads, Piece piece, void
     int const helpers = static_cast<int>(std::min<int64_t>(num_threads, pieces)) - 1;
     Job job{count, grain, piece, body};
     if (helpers > 0 && !inside) {
+        if (Team const team = openmp_team()) {
+            team(work_in_team, &job, static_cast<unsigned>(helpers + 1), 0);
+            return;
+        }
         inside = true;
         bool const shared = pool().run(job, helpers);
         inside = false;

@@ -22,7 +22,7 @@ from hunyuan_fast.kernels.fused_modulation.config import (
 # No GPU has run these kernels yet.
 VERIFIED_ON: frozenset[str] = frozenset()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_REDUCE_CHUNKS, _REDUCE_COLUMNS = 32, 64
+_REDUCE_CHUNKS, _REDUCE_BLOCK = 16, 128
 
 
 @triton.jit
@@ -120,24 +120,28 @@ def _backward_kernel(
 @triton.jit
 def _reduce_kernel(
     partials_ptr,
-    sums_ptr,
+    dshift_ptr,
+    dscale_ptr,
     num_chunks,
-    columns,
+    E: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
-    # partials (B, num_chunks, columns) -> sums (B, columns)
-    blocks = tl.cdiv(columns, BLOCK_COLUMNS)
+    # partials (B, num_chunks, 2, E) -> dshift, dscale (B, E)
+    blocks = tl.cdiv(E, BLOCK_E)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inside = column < columns
-    total = tl.zeros([BLOCK_COLUMNS], dtype=tl.float32)
+    e = (tl.program_id(0) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside = e < E
+    dshift = tl.zeros([BLOCK_E], dtype=tl.float32)
+    dscale = tl.zeros([BLOCK_E], dtype=tl.float32)
     for start in range(0, num_chunks, BLOCK_CHUNKS):
         chunk = start + tl.arange(0, BLOCK_CHUNKS)
-        offset = (b * num_chunks + chunk)[:, None] * columns + column[None, :]
+        partial = partials_ptr + (b * num_chunks + chunk)[:, None] * (2 * E) + e[None, :]
         mask = (chunk < num_chunks)[:, None] & inside[None, :]
-        total += tl.sum(tl.load(partials_ptr + offset, mask=mask, other=0.0), axis=0)
-    tl.store(sums_ptr + b * columns + column, total, mask=inside)
+        dshift += tl.sum(tl.load(partial, mask=mask, other=0.0), axis=0)
+        dscale += tl.sum(tl.load(partial + E, mask=mask, other=0.0), axis=0)
+    tl.store(dshift_ptr + b * E + e, dshift, mask=inside)
+    tl.store(dscale_ptr + b * E + e, dscale, mask=inside)
 
 
 def supports(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> str | None:
@@ -194,7 +198,7 @@ def backward(
     rows = gpu_rows_per_chunk(length)
     num_chunks = triton.cdiv(length, rows)
     partials = x.new_empty((batch, num_chunks, 2, width), dtype=torch.float32)
-    sums = x.new_empty((batch, 2, width), dtype=torch.float32)
+    dshift, dscale = (x.new_empty((batch, width), dtype=torch.float32) for _ in range(2))
     config = triton_backward(width)
     with _device_of(x):
         _backward_kernel[(batch * num_chunks,)](
@@ -217,16 +221,17 @@ def backward(
             BLOCK_E=config.block,
             num_warps=config.num_warps,
         )
-        _reduce_kernel[(batch * triton.cdiv(2 * width, _REDUCE_COLUMNS),)](
+        _reduce_kernel[(batch * triton.cdiv(width, _REDUCE_BLOCK),)](
             partials,
-            sums,
+            dshift,
+            dscale,
             num_chunks,
-            2 * width,
+            E=width,
             BLOCK_CHUNKS=_REDUCE_CHUNKS,
-            BLOCK_COLUMNS=_REDUCE_COLUMNS,
+            BLOCK_E=_REDUCE_BLOCK,
             num_warps=4,
         )
-    return dx, sums[:, 0].to(scale.dtype), sums[:, 1].to(scale.dtype)
+    return dx, dshift.to(scale.dtype), dscale.to(scale.dtype)
 
 
 def _rows(t: Tensor) -> Tensor:
