@@ -78,6 +78,6 @@ def test_parallel_for_covers_every_range_once(tmp_path):
     program = tmp_path / "parallel"
     sources = [ROOT / "tests/native/parallel.cpp", ROOT / "csrc/common/parallel.cpp"]
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", "-pthread"]
-    subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
+    subprocess.run([compiler, *flags, *sources, "-ldl", "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True, timeout=60)
     assert (result.stdout, result.returncode) == ("ok\n", 0)
