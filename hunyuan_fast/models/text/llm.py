@@ -13,6 +13,7 @@ from hunyuan_fast.models.text.encoder import TextEncoder
 from hunyuan_fast.models.text.loading import load_model, load_tokenizer
 from hunyuan_fast.models.text.template import PromptTemplate
 from hunyuan_fast.models.text.tokens import pad_right, token_ids, warn_truncated
+from hunyuan_fast.models.weights.errors import CheckpointError
 
 
 class LLMTextEncoder(TextEncoder):
@@ -28,7 +29,10 @@ class LLMTextEncoder(TextEncoder):
     def __init__(
         self, model: Any, tokenizer: Any, template: PromptTemplate, skip_layer: int = 2
     ) -> None:
-        super().__init__(getattr(model, "language_model", model), tokenizer)
+        decoder = _decoder(model)
+        if decoder is None:
+            raise TypeError(f"model must be a LlamaModel or hold one, got {type(model).__name__}")
+        super().__init__(decoder, tokenizer)
         self.template = template
         self.skip_layer = skip_layer
         num_layers = len(self.model.layers)
@@ -55,8 +59,12 @@ class LLMTextEncoder(TextEncoder):
 
         Raises CheckpointError naming the folder when something is missing or does not fit.
         """
-        model = load_model(path, "AutoModel", dtype=dtype)
-        return cls(model.to(device), load_tokenizer(tokenizer_path), template, skip_layer)
+        decoder = _decoder(load_model(path, "AutoModel", dtype=dtype))
+        if decoder is None:
+            raise CheckpointError(
+                f"{path}: holds no decoder-only language model; expected one like LlamaModel"
+            )
+        return cls(decoder.to(device), load_tokenizer(tokenizer_path), template, skip_layer)
 
     @torch.no_grad()
     def encode(
@@ -116,6 +124,13 @@ class LLMTextEncoder(TextEncoder):
         trunk.config = copy.copy(self.model.config)
         trunk.config.num_hidden_layers = depth
         return trunk
+
+
+def _decoder(model: Any) -> Any:
+    """The decoder that a model is or holds, None when there is none."""
+    decoder = getattr(model, "language_model", model)
+    has_parts = all(hasattr(decoder, part) for part in ("embed_tokens", "layers", "norm"))
+    return decoder if has_parts else None
 
 
 def _check_crop(tokenizer: Any, template: PromptTemplate) -> None:

@@ -27,6 +27,7 @@ def load_model(path: Path, class_name: str, *, dtype: torch.dtype | None = None)
                 dtype=dtype or "auto",
                 local_files_only=True,
                 weights_only=True,
+                trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # they come back in the report, with their names
                 output_loading_info=True,
             )
@@ -51,7 +52,9 @@ def load_tokenizer(path: Path) -> Any:
     if not path.is_dir():
         raise CheckpointError(f"{path}: missing; a tokenizer is expected there")
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers and tokenizers share no base class below
         raise CheckpointError(f"{path}: cannot be loaded as a tokenizer ({error})") from error
 
