@@ -26,14 +26,20 @@ def causal_conv3d(
     """
     side = weight.shape[-1] // 2
     if side == 0 and stride == (1, 1, 1):
-        # a matrix product over channels-last values, on every device and in every layout of torch
+        # a matrix product over channels-last values
         return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     if x.shape[2] == 1:
         # every temporal tap sees the one frame there is, so the taps add up
         weight = weight.sum(2, keepdim=True)
-    padding = (side, side, side, side, weight.shape[2] - 1, 0)
-    padded = F.pad(x, padding, mode="replicate") if side else x
+    padded = pad_edges(x, side, weight.shape[2] - 1)
     return conv3d_valid(padded, weight, bias, stride=stride)
+
+
+def pad_edges(x: Tensor, space: int, past: int) -> Tensor:
+    """Repeat the edges of x (B, C, T, H, W): `space` at each side, `past` frames at the front."""
+    # autocast on the CPU would pad in fp32 and round again
+    with torch.autocast(x.device.type, enabled=False):
+        return F.pad(x, (space, space, space, space, past, 0), mode="replicate")
 
 
 def conv3d_valid(
@@ -54,15 +60,10 @@ def conv3d_valid(
     taps = weight.shape[2]
     starts = range(frames - taps + 1)[:: stride[0]]
     # each output frame is a 2D convolution of its input frames, stacked as channels
-    stacked = torch.cat(
-        [x[0, :, starts.start + tap : starts[-1] + tap + 1 : stride[0]] for tap in range(taps)]
-    )
+    stacked = torch.cat([x[0, :, tap : starts[-1] + tap + 1 : stride[0]] for tap in range(taps)])
     flat_weight = weight.transpose(1, 2).flatten(1, 2)
-    return (
-        F.conv2d(stacked.transpose(0, 1), flat_weight, bias, stride[1:])
-        .transpose(0, 1)
-        .unsqueeze(0)
-    )
+    out = F.conv2d(stacked.transpose(0, 1), flat_weight, bias, stride[1:])
+    return out.transpose(0, 1).unsqueeze(0)
 
 
 class CausalConv3d(nn.Module):

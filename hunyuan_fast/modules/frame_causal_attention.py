@@ -17,7 +17,7 @@ def frame_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_frame:
     tokens = q.shape[1]
     if tokens_per_frame <= 0 or tokens % tokens_per_frame:
         raise ValueError(
-            f"q must hold whole frames of tokens_per_frame = {tokens_per_frame}, got {tokens} tokens"
+            f"q must hold whole frames of tokens_per_frame = {tokens_per_frame}, got {tokens}"
         )
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     frames = [
@@ -46,7 +46,8 @@ class FrameCausalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, _, height, width = x.shape
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)
+        # contiguous: torch adds up channels-last values less exactly (see group_norm.py)
+        tokens = self.group_norm(x.contiguous()).flatten(2).transpose(1, 2)
         heads = (batch, -1, 1, channels)
         out = frame_causal_attention(
             self.to_q(tokens).view(heads),

@@ -6,10 +6,9 @@ from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hunyuan_fast.modules.causal_conv3d import CausalConv3d, conv3d_valid
+from hunyuan_fast.modules.causal_conv3d import CausalConv3d, conv3d_valid, pad_edges
 
 Factor = tuple[int, int, int]
 
@@ -33,7 +32,7 @@ def upsample_causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, *, factor: F
     for dim, doubling in zip((2, 3, 4), factor, strict=True):
         kernels = [k for kernel in kernels for k in _parity_kernels(kernel, dim, doubling)]
     taps_t, taps_h, taps_w = kernels[0].shape[2:]
-    padded = F.pad(x, (1, 1, 1, 1, taps_t - 1, 0), mode="replicate")
+    padded = pad_edges(x, 1, taps_t - 1)
     parts = []
     for (t, h, w), kernel in zip(product(*map(range, factor)), kernels, strict=True):
         window = padded[:, :, t:, h : h + height + taps_h - 1, w : w + width + taps_w - 1]
