@@ -88,14 +88,15 @@ def _backward_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     b = chunk // num_chunks
     first = (chunk % num_chunks) * chunk_rows
-    last = tl.minimum(first + chunk_rows, length)
+    num_rows = tl.minimum(chunk_rows, length - first)
     e = tl.arange(0, BLOCK_E)
     inside = e < E
 
     gain = 1.0 + tl.load(scale_ptr + b * stride_scale + e, mask=inside, other=0.0).to(tl.float32)
     dshift = tl.zeros([BLOCK_E], dtype=tl.float32)
     dscale = tl.zeros([BLOCK_E], dtype=tl.float32)
-    for l in range(first, last):
+    for step in range(0, num_rows):
+        l = first + step  # int64, which the counter of a loop need not be
         row = b * length + l
         dy_row = dy_ptr + b * stride_dyb + l * stride_dyl
         x_row = x_ptr + b * stride_xb + l * stride_xl
