@@ -81,12 +81,13 @@ def load(
     device: torch.device,
     dtype: torch.dtype | None,
     keep_fp8: bool,
-    verify: bool,
+    manifest: Manifest | None,
 ) -> None:
     """Fill `model`, which is on the meta device, with the located weights.
 
     dtype: of the floating-point parameters, None for the stored one. fp8 weights stay fp8 with
-    `keep_fp8`, else they are expanded (to bfloat16 where dtype is None).
+    `keep_fp8`, else they are expanded (to bfloat16 where dtype is None). Every tensor is compared
+    with its digest in `manifest`, if there is one.
     Raises CheckpointError for the first name, shape or digest that is wrong.
     """
     state = model.state_dict()
@@ -107,7 +108,6 @@ def load(
         except ValueError as error:
             raise CheckpointError(f"{located.place}: fp8 weights, but {error}") from error
     target = _Target(model, device)
-    manifest = Manifest(located.folder) if located.layout == "native" and verify else None
     for name, value in located.source.tensors():
         entry, slot = entries[name], table[name]
         if manifest is not None:

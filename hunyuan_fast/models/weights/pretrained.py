@@ -71,8 +71,10 @@ class Pretrained:
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {_DTYPES} or None, got {dtype!r}")
         located = locate(path_or_repo, subfolder, cls.component)
+        manifest = None
         if located.layout == "native" and verify:
-            Manifest(located.folder).check_files()
+            manifest = Manifest(located.folder)
+            manifest.check_files()
         names = cls.checkpoint_names()
         if config is None:
             config = read_config(located, cls.config_class, cls.component, names)
@@ -87,7 +89,7 @@ class Pretrained:
                 f"({str(error).splitlines()[0]}); fetch the file again"
             ) from error
         assert isinstance(model, nn.Module)
-        load(model, located, rules, device=place, dtype=dtype, keep_fp8=keep_fp8, verify=verify)
+        load(model, located, rules, device=place, dtype=dtype, keep_fp8=keep_fp8, manifest=manifest)
         model.eval()
         return model
 
