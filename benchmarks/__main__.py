@@ -1,0 +1,130 @@
+"""Measure the ops on this machine.
+
+python -m benchmarks                    every op
+python -m benchmarks fused_modulation   some; the tests of an op run first and must pass
+python -m benchmarks --quick            small shapes, a few rounds: whether it works, not how fast
+python -m benchmarks --summary          render docs/performance.md from the committed results
+"""
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+_CONSOLE = Console(highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 1 for a failure, 2 for bad usage."""
+    options = _options(sys.argv[1:] if argv is None else argv)
+    if options.summary:
+        return _summarise()
+    failed = [op for op in options.ops if not _benchmark(op, options)]
+    if failed:
+        _CONSOLE.print(f"[red]failed: {', '.join(failed)}[/]")
+    return 1 if failed else 0
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    from benchmarks.kit.discover import ops
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(ops())}")
+    parser.add_argument("--quick", action="store_true", help="small shapes, a few rounds")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
+    )
+    parser.add_argument("--summary", action="store_true", help="render docs/performance.md")
+    parser.add_argument(
+        "--skip-test",
+        action="store_true",
+        help="do not run the tests first; for work on a benchmark, the figures are no evidence",
+    )
+    options = parser.parse_args(argv)
+    if unknown := [op for op in options.ops if op not in ops()]:
+        parser.error(f"no benchmark for {', '.join(unknown)}; there is one for {', '.join(ops())}")
+    options.command = " ".join(["python -m benchmarks", *argv])
+    options.ops = list(dict.fromkeys(options.ops)) or list(ops())
+    return options
+
+
+def _summarise() -> int:
+    from benchmarks.kit.discover import ROOT
+    from benchmarks.kit.record import RecordError
+    from benchmarks.kit.summary import PAGE, committed_results, gpu_implementations, render
+
+    try:
+        text = render(committed_results(), gpu_implementations())
+    except (RuntimeError, RecordError) as error:
+        _CONSOLE.print(f"[red]{error}[/]")
+        return 1
+    (ROOT / PAGE).write_text(text)
+    _CONSOLE.print(f"wrote {PAGE}")
+    return 0
+
+
+def _benchmark(op: str, options: argparse.Namespace) -> bool:
+    """Test, measure, show and save one op; False, with the reason printed, when it fails."""
+    from benchmarks.kit.gate import run_tests
+
+    start = time.monotonic()
+    if not options.skip_test:
+        _CONSOLE.print(f"[bold]{op}[/]: its tests first")
+        verdict = run_tests(op)
+        _CONSOLE.print(verdict.summary, markup=False)
+        if not verdict.passed:
+            _CONSOLE.print(f"[red]{op}: not measured, because its tests do not pass[/]")
+            return False
+    try:
+        _measure(op, options)
+    except Exception:  # the other ops are still to be measured
+        traceback.print_exc()
+        return False
+    _CONSOLE.print(f"{op}: {time.monotonic() - start:.0f} s\n")
+    return True
+
+
+def _measure(op: str, options: argparse.Namespace) -> None:
+    import torch
+
+    from benchmarks.kit import chart, record, table
+    from benchmarks.kit.run import run
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device cuda: torch finds no CUDA device here")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    result = run(
+        op,
+        torch.device(device),
+        quick=options.quick,
+        tests="skipped" if options.skip_test else "passed",
+        command=options.command,
+        progress=lambda text: _CONSOLE.print(f"[dim]{text}[/]"),
+    )
+    table.show(result, _CONSOLE)
+    path = record.path_of(result)
+    record.save(result, path)
+    _CONSOLE.print(f"saved {_short(path)}")
+    if chart.can_draw():
+        chart.draw(result, path.with_suffix(".png"))
+        _CONSOLE.print(f"saved {_short(path.with_suffix('.png'))}")
+    else:
+        _CONSOLE.print("no chart: matplotlib is missing (pip install 'hunyuan-fast[bench]')")
+
+
+def _short(path: Path) -> Path:
+    from benchmarks.kit.discover import ROOT
+
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""What a benchmark file describes: cases, the work in them, and the peers."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+FORWARD, TRAINING = "forward", "forward+backward"
+PASSES = (FORWARD, TRAINING)
+
+Call = Callable[..., Tensor]
+
+
+class Unavailable(Exception):
+    """A peer cannot take part on this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that any implementation must do: bytes read and written, matrix-product FLOPs."""
+
+    num_bytes: int
+    num_flops: int = 0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's way to the same result.
+
+    build: returns a callable with the arguments of ``Case.call``; may raise ``Unavailable``
+    context: entered around every timed stretch, outside of the clock
+    """
+
+    name: str
+    build: Callable[[], Call]
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor itself: all of it is meaningful."""
+    return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One public function at one shape and dtype.
+
+    name: the shape's name, from ``benchmarks.shapes``
+    shape: its sizes by letter, for tables and results
+    inputs: draws the tensors of one call on the generator's device; those that require a gradient
+        are differentiated in the pass forward+backward
+    call: the public function, taking those tensors
+    arguments: the same call as ``dispatch.explain`` of ``op`` takes it
+    work: the least work of each pass
+    meaningful: maps an output, or its gradient, to the part that everyone must agree on
+    cold: inputs come from memory, not from a cache, as between two layers of a large model
+    alternating: on a CPU, also measured in turn with an operation of torch
+    """
+
+    name: str
+    function: str
+    dtype: torch.dtype
+    shape: dict[str, int]
+    inputs: Callable[[torch.Generator], tuple[Tensor, ...]]
+    call: Call
+    arguments: Callable[..., tuple[object, ...]]
+    work: dict[str, Work]
+    peers: tuple[Peer, ...]
+    meaningful: Callable[[Tensor], Tensor] = field(default=whole)
+    cold: bool = True
+    alternating: bool = False
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def compiled(call: Call) -> Callable[[], Call]:
+    """The builder of a peer: ``call`` through ``torch.compile``, for the shapes it meets."""
+
+    def build() -> Call:
+        # Shapes of earlier cases count towards the limit on recompilations.
+        torch.compiler.reset()
+        return torch.compile(call, fullgraph=True, dynamic=False)
+
+    return build

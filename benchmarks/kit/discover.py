@@ -1,0 +1,37 @@
+"""Which ops have a benchmark: the files ``bench_<op>.py``, and nothing else."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    # Bad usage is told before torch is loaded.
+    import torch
+
+    from benchmarks.kit.case import Case
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+# Runs that are no evidence: quick ones, and those that skipped the tests.
+SCRATCH = ROOT / "runs" / "benchmarks"
+
+
+class Benchmark(Protocol):
+    """What ``bench_<op>.py`` defines."""
+
+    def cases(self, device: torch.device, *, quick: bool) -> list[Case]:
+        """What to measure on a device; a small selection when ``quick``."""
+        ...
+
+
+def ops(folder: Path = BENCHMARKS) -> tuple[str, ...]:
+    """The names of all ops with a benchmark, in alphabetical order."""
+    return tuple(sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py")))
+
+
+def load(op: str) -> Benchmark:
+    """The benchmark of an op."""
+    return import_module(f"benchmarks.bench_{op}")  # type: ignore[return-value]

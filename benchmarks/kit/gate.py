@@ -1,0 +1,42 @@
+"""No figures from an op whose tests fail."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.kit.discover import ROOT, ops
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the tests of an op ended; ``summary`` is what to show."""
+
+    passed: bool
+    summary: str
+
+
+def test_files(op: str, root: Path = ROOT) -> list[Path]:
+    """``tests/ops/test_<op>.py`` and ``test_<op>_*.py``, save what belongs to a longer name."""
+    longer = [f"test_{other}" for other in ops() if other.startswith(f"{op}_")]
+    files = (root / "tests" / "ops").glob(f"test_{op}*.py")
+    return sorted(
+        path
+        for path in files
+        if (path.stem == f"test_{op}" or path.stem.startswith(f"test_{op}_"))
+        and not path.stem.startswith(tuple(longer))
+    )
+
+
+def run_tests(op: str, root: Path = ROOT) -> Verdict:
+    """Run the tests of an op in a process of their own."""
+    files = test_files(op, root)
+    if root / "tests" / "ops" / f"test_{op}.py" not in files:
+        return Verdict(False, f"tests/ops/test_{op}.py does not exist")
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, *map(str, files)], cwd=root, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
+    # When red, the list of failures stands above the last line.
+    return Verdict(
+        done.returncode == 0, "\n".join(lines[-1:] if done.returncode == 0 else lines[-30:])
+    )

@@ -1,0 +1,189 @@
+"""One pass of a case, from inputs to figures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.kit.case import FORWARD, Case
+from benchmarks.kit.clock import MIB, Clock
+from benchmarks.kit.contenders import OURS, PEER, REFERENCE, Contender, contenders
+from benchmarks.kit.floor import COPY, MATMUL, floor_probes, floors
+from benchmarks.kit.pairing import Entry, Rounds, Samples, paired_samples
+from benchmarks.kit.record import Measurement, Timing
+from benchmarks.kit.running import Bound, Inputs, context_of
+from benchmarks.kit.statistics import Spread, paired_ratio, spread
+
+# Contenders compute the same thing. This sees a different formula; how exact ours are is for the
+# tests to say.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how long to measure."""
+
+    device: torch.device
+    clock: Clock
+    rounds: Rounds
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a first call showed: distance from the reference, memory, seconds of a second call."""
+
+    difference: float
+    peak_bytes: int | None
+    seconds: float
+
+
+def measure(op: str, case: Case, what: str, setting: Setting) -> Measurement:
+    """Time everyone who can take part in one pass of a case, beside the floor of the machine.
+
+    Raises RuntimeError when an implementation of ours does not compute what the reference does.
+    """
+    inputs = Inputs(case, setting.device, setting.clock, setting.seed)
+    found, declined = contenders(op, case, inputs.sets[0])
+    entries = {c.name: Entry(Bound(c.call, what, inputs), context_of(c, what)) for c in found}
+    trials = _try_out(op, case, what, setting, found, entries, declined)
+    answering = next(c.name for c in found if c.answers)
+    _leave_out_slow(trials, answering, setting.rounds, declined)
+
+    ready = [c for c in found if c.name in trials]
+    work = case.work[what]
+    probes = floor_probes(case, work, setting.device, len(inputs.sets))
+    everything = {c.name: entries[c.name] for c in ready}
+    everything |= {name: probe.entry for name, probe in probes.items()}
+    samples = paired_samples(everything, setting.clock, setting.rounds)
+    floor, bound = floors(probes, samples.seconds, work)
+    rates = {name: p.amount / spread(samples.seconds[name]).median for name, p in probes.items()}
+    return Measurement(
+        case=case.name,
+        function=case.function,
+        dtype=case.dtype_name,
+        shape=case.shape,
+        what=what,
+        num_bytes=work.num_bytes,
+        num_flops=work.num_flops,
+        copy_gb_per_s=rates[COPY] / 1e9,
+        matmul_tflop_per_s=rates[MATMUL] / 1e12 if MATMUL in rates else None,
+        floor_ms=_times(spread(floor), 1e3),
+        bound=bound,
+        best_peer=best_peer(ready, samples),
+        timings=timings(ready, trials, samples, floor),
+        declined=declined,
+    )
+
+
+def timings(
+    ready: Sequence[Contender],
+    trials: dict[str, Trial],
+    samples: Samples,
+    floor: Sequence[float],
+) -> list[Timing]:
+    """Everyone's time, and within each round its ratio to the best peer and to the floor."""
+    seconds = samples.seconds
+    best = best_peer(ready, samples)
+    return [
+        Timing(
+            name=c.name,
+            kind=c.kind,
+            answers=c.answers,
+            ms=_times(spread(seconds[c.name]), 1e3),
+            rounds=len(seconds[c.name]),
+            calls=samples.calls[c.name],
+            speedup=paired_ratio(seconds[best], seconds[c.name]) if best else None,
+            of_floor=paired_ratio(floor, seconds[c.name]),
+            peak_mib=_mib(trials[c.name].peak_bytes),
+            difference=trials[c.name].difference,
+        )
+        for c in ready
+    ]
+
+
+def best_peer(ready: Sequence[Contender], samples: Samples) -> str | None:
+    """The peer with the lowest median; None when there is none."""
+    peers = [c.name for c in ready if c.kind == PEER]
+    medians = {name: spread(samples.seconds[name]).median for name in peers}
+    return min(medians, key=medians.__getitem__, default=None)
+
+
+def relative_difference(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Root mean square of the differences over that of ``expected``, of the worst tensor."""
+    worst = torch.zeros(())
+    for result, truth in zip(results, expected, strict=True):
+        difference = (result.float() - truth.float()).square().mean().sqrt()
+        scale = truth.float().square().mean().sqrt()
+        relative = torch.where(scale > 0, difference / scale, difference)
+        worst = torch.maximum(worst, relative.cpu())  # NaN stays NaN
+    return float(worst)
+
+
+def _try_out(
+    op: str,
+    case: Case,
+    what: str,
+    setting: Setting,
+    found: Sequence[Contender],
+    entries: dict[str, Entry],
+    declined: dict[str, str],
+) -> dict[str, Trial]:
+    """Warm everyone up and let only those pass who compute the same."""
+    trials: dict[str, Trial] = {}
+    expected: list[Tensor] | None = None
+    # The reference goes first, because the others are compared with it.
+    for c in sorted(found, key=lambda c: c.name != REFERENCE):
+        try:
+            result, trial = _try_one(case, what, setting, entries[c.name], expected)
+        except Exception as failure:
+            # Peers and compilers may raise anything, and the others can still be measured.
+            if c.kind == OURS:
+                raise
+            declined[c.name] = _first_line(failure)
+            continue
+        expected = result if expected is None else expected
+        if not trial.difference <= _TOLERANCE[case.dtype]:
+            told = f"relative difference from the reference {trial.difference:.2g}"
+            if c.kind == OURS:
+                raise RuntimeError(f"{op}: {c.name} is wrong in {case.name} {what}: {told}")
+            declined[c.name] = f"computes something else: {told}"
+        else:
+            trials[c.name] = trial
+    return trials
+
+
+def _leave_out_slow(
+    trials: dict[str, Trial], answering: str, rounds: Rounds, declined: dict[str, str]
+) -> None:
+    """Whoever would use up the time of a measurement, and is far behind what answers, sits out."""
+    bearable = max(2 * rounds.budget / rounds.least, 3 * trials[answering].seconds)
+    for name in [name for name, trial in trials.items() if trial.seconds > bearable]:
+        declined[name] = f"too slow: one call takes {trials.pop(name).seconds:.2g} s"
+
+
+def _try_one(
+    case: Case, what: str, setting: Setting, entry: Entry, expected: list[Tensor] | None
+) -> tuple[list[Tensor], Trial]:
+    with entry.context():
+        result = list(entry.run())  # type: ignore[call-overload]
+        if what == FORWARD:
+            result = [case.meaningful(each) for each in result]
+        difference = relative_difference(result, result if expected is None else expected)
+        peak = setting.clock.peak_bytes(entry.run)
+        seconds = setting.clock.sample(entry.run, 1)
+    return result, Trial(difference, peak, seconds)
+
+
+def _times(x: Spread, factor: float) -> Spread:
+    return Spread(x.median * factor, x.low * factor, x.high * factor)
+
+
+def _mib(num_bytes: int | None) -> float | None:
+    return None if num_bytes is None else num_bytes / MIB
+
+
+def _first_line(failure: Exception) -> str:
+    lines = str(failure).strip().splitlines() or [""]
+    return f"{type(failure).__name__}: {lines[0]}"[:200]

@@ -1,0 +1,71 @@
+"""A contender's call bound to its inputs, for one pass."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+
+from benchmarks.kit.case import FORWARD, Call, Case
+from benchmarks.kit.clock import Clock
+from benchmarks.kit.contenders import Contender
+
+_MOST_SETS = 8
+
+
+class Inputs:
+    """Equal calls with inputs at different places, so that each finds its own out of the cache.
+
+    One set suffices where the clock flushes the cache, and where the case wants a warm one.
+    """
+
+    def __init__(self, case: Case, device: torch.device, clock: Clock, seed: int) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        copies = 1
+        if case.cold and not clock.flushes:
+            copies = math.ceil(2 * clock.cache_bytes / case.work[FORWARD].num_bytes)
+        copies = min(max(copies, 1), _MOST_SETS)
+        first = case.inputs(generator)
+        self.sets = [first, *(_copy(first) for _ in range(copies - 1))]
+        with torch.no_grad():
+            out = case.call(*first)
+        # Nobody has to agree on gradients of what is not meaningful, so none come in there.
+        noise = torch.randn(out.shape, generator=generator, device=device).to(out.dtype)
+        dout = case.meaningful(noise)
+        self.gradients = [dout, *(dout.clone() for _ in range(copies - 1))]
+
+
+class Bound:
+    """``call`` on the next set of inputs; returns the output, or the gradients."""
+
+    def __init__(self, call: Call, what: str, inputs: Inputs) -> None:
+        self._call = call
+        self._run = self._forward if what == FORWARD else self._training
+        self._sets = itertools.cycle(zip(inputs.sets, inputs.gradients, strict=True))
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        return self._run(*next(self._sets))
+
+    def _forward(self, tensors: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:
+        return (self._call(*tensors),)
+
+    def _training(self, tensors: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:
+        leaves = [tensor for tensor in tensors if tensor.requires_grad]
+        return torch.autograd.grad(self._call(*tensors), leaves, dout)
+
+
+def context_of(contender: Contender, what: str) -> Callable[[], AbstractContextManager[object]]:
+    """What surrounds every timed stretch of a contender, outside of the clock."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with torch.set_grad_enabled(what != FORWARD), contender.context():
+            yield
+
+    return context
+
+
+def _copy(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)

@@ -1,0 +1,105 @@
+"""One run on the terminal: ours, peers, floor."""
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.kit.contenders import OURS
+from benchmarks.kit.machine import is_shared
+from benchmarks.kit.record import Measurement, Result, Timing
+from benchmarks.kit.statistics import Spread
+
+
+def show(result: Result, console: Console) -> None:
+    """Print every measurement of a run, and what to bear in mind when reading it."""
+    machine = result.machine
+    console.print(
+        f"[bold]{result.op}[/] on {machine.device}, {machine.threads} threads of "
+        f"{machine.cores} cores, torch {machine.torch}"
+    )
+    for measurement in result.measurements:
+        console.print(table_of(measurement))
+        for name, reason in measurement.declined.items():
+            console.print(f"  {name}: {reason}", style="dim", markup=False, soft_wrap=True)
+    for a in result.alternations:
+        console.print(
+            f"{a.case} {a.dtype}: {a.name} in turn with {a.companion} takes "
+            f"{number(a.ratio.median)} ({quartiles(a.ratio)}) of the time of both alone",
+            soft_wrap=True,
+        )
+    for remark in remarks(result):
+        console.print(remark, style="yellow", soft_wrap=True)
+
+
+def table_of(m: Measurement) -> Table:
+    """One pass of one case."""
+    table = Table(title=title_of(m), title_justify="left", title_style="bold", show_edge=False)
+    table.add_column("", no_wrap=True)
+    memory = any(t.peak_mib is not None for t in m.timings)
+    columns = ("ms", "quartiles", rate_unit(m), "x best peer", "of floor")
+    for name in (*columns, *(["peak MiB"] if memory else [])):
+        table.add_column(name, justify="right")
+    for t in m.timings:
+        style = "green" if t.answers else "" if t.kind == OURS else "cyan"
+        cells = [
+            number(t.ms.median),
+            quartiles(t.ms),
+            number(rate(m, t.ms.median)),
+            number(t.speedup.median) if t.speedup else "",
+            f"{t.of_floor.median:.0%}",
+        ]
+        if memory:
+            cells.append(number(t.peak_mib) if t.peak_mib is not None else "")
+        table.add_row(label(t), *cells, style=style)
+    floor = [number(m.floor_ms.median), quartiles(m.floor_ms), number(rate(m, m.floor_ms.median))]
+    table.add_row(f"floor ({m.bound})", *floor, "", "100%", style="dim")
+    return table
+
+
+def remarks(result: Result) -> list[str]:
+    """What makes the figures of a run less than evidence."""
+    found = []
+    if is_shared(result.neighbours):
+        found.append(
+            f"The machine was shared: other processes took {result.neighbours:.0%} of its cores. "
+            "All figures are rough, and in favour of whoever waits least for other threads."
+        )
+    if result.tests == "skipped":
+        found.append("The tests were not run.")
+    if result.quick:
+        found.append("Quick run: small shapes, few rounds.")
+    return found
+
+
+def title_of(m: Measurement) -> str:
+    """Function, case, sizes, dtype and pass."""
+    sizes = " ".join(f"{letter}={size}" for letter, size in m.shape.items())
+    return f"{m.function} {m.case} ({sizes}) {m.dtype}, {m.what}"
+
+
+def label(t: Timing) -> str:
+    """The name, and whether a call gets this one without asking."""
+    if t.answers:
+        return f"{t.name} (answers)"
+    return t.name if t.kind != OURS else f"{t.name} (ours)"
+
+
+def rate_unit(m: Measurement) -> str:
+    """What the floor is counted in."""
+    return "GB/s" if m.bound == "memory" else "TFLOP/s"
+
+
+def rate(m: Measurement, milliseconds: float) -> float:
+    """The least work of the measurement, done in so many milliseconds, in ``rate_unit``."""
+    work = m.num_bytes / 1e9 if m.bound == "memory" else m.num_flops / 1e12
+    return work / (milliseconds / 1e3)
+
+
+def quartiles(x: Spread) -> str:
+    """From and to."""
+    return f"{number(x.low)} to {number(x.high)}"
+
+
+def number(x: float) -> str:
+    """Three significant digits, at most three decimals, never in scientific notation."""
+    decimals = 0 if x >= 100 else 1 if x >= 10 else 2 if x >= 1 else 3
+    return f"{x:.{decimals}f}"

@@ -1,0 +1,42 @@
+"""The shapes that the ops meet in the real models, by name."""
+
+from dataclasses import dataclass
+
+# Width, heads and features of a head of the 13B transformer.
+HIDDEN_SIZE, NUM_HEADS, HEAD_DIM = 3072, 24, 128
+ROPE_DIMS = (16, 56, 56)
+ROPE_THETA = 256.0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token sequence of one clip: video tokens on a grid (T, H, W), then text tokens."""
+
+    name: str
+    grid: tuple[int, int, int]
+    text: int = 256
+
+    @property
+    def video(self) -> int:
+        t, h, w = self.grid
+        return t * h * w
+
+    @property
+    def joint(self) -> int:
+        return self.video + self.text
+
+
+def tokens(name: str, frames: int, height: int, width: int, text: int = 256) -> Tokens:
+    """Tokens of a clip: the autoencoder takes 4 x 8 x 8 to one, patches 1 x 2 x 2."""
+    return Tokens(name, ((frames - 1) // 4 + 1, height // 16, width // 16), text)
+
+
+CLIP_720P_129 = tokens("720p-129f", 129, 720, 1280)
+CLIP_256P_65 = tokens("256p-65f", 65, 256, 256)
+CLIP_256P_33 = tokens("256p-33f", 33, 256, 256)
+IMAGE_256P = tokens("256p-image", 1, 256, 256)
+
+# The embedded miniature: 96 x 96, 17 frames, short captions, heads of 64 features.
+NANO = tokens("nano", 17, 96, 96, text=32)
+NANO_HIDDEN_SIZE, NANO_NUM_HEADS, NANO_HEAD_DIM = 192, 3, 64
+NANO_ROPE_DIMS = (16, 24, 24)

@@ -1,0 +1,215 @@
+"""One measurement: who takes part, what is compared, and what the figures are relative to."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from benchmarks.bench_fused_modulation import _case
+from benchmarks.kit.alternate import alternate
+from benchmarks.kit.case import FORWARD, PASSES, Case, Peer, Unavailable, Work
+from benchmarks.kit.clock import HostClock
+from benchmarks.kit.contenders import OURS, PEER, Contender
+from benchmarks.kit.floor import COMPUTE, COPY, MATMUL, MEMORY, Probe, floor_probes, floors
+from benchmarks.kit.measure import Setting, Trial, best_peer, measure, relative_difference, timings
+from benchmarks.kit.pairing import Entry, Rounds, Samples
+from benchmarks.kit.running import Inputs
+from benchmarks.kit.statistics import Spread
+from hunyuan_fast import dispatch
+
+OP = "fused_modulation"
+CPU = torch.device("cpu")
+
+
+def eager(x, shift, scale):
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return normed * (1 + scale[:, None]) + shift[:, None]
+
+
+def wrong(x, shift, scale):
+    return eager(x, shift, scale) * 1.1
+
+
+def fail(x, shift, scale):
+    raise RuntimeError("no kernel for this\nand a long explanation")
+
+
+def setting(clock: HostClock | None = None) -> Setting:
+    """Two rounds, and time for everyone."""
+    clock = clock or HostClock(cache_bytes=1, min_sample_seconds=0.0)
+    return Setting(CPU, clock, Rounds(budget=1e3, least=2, most=2))
+
+
+def small(*peers: Peer, dtype: torch.dtype = torch.float32) -> Case:
+    return replace(_case("small", 12, 32, dtype), peers=peers)
+
+
+def peer(name: str, call=eager, **more) -> Peer:
+    return Peer(name, lambda: call, **more)
+
+
+@pytest.mark.parametrize("what", PASSES)
+def test_ours_and_peers_are_timed_together(what):
+    m = measure(OP, small(peer("eager")), what, setting())
+    names = {t.name: t for t in m.timings}
+    assert {"reference", "eager"} <= names.keys()
+    assert names["reference"].kind == OURS and names["eager"].kind == PEER
+    assert sum(t.answers for t in m.timings) == 1
+    assert m.best_peer == "eager" and names["eager"].speedup == Spread(1.0, 1.0, 1.0)
+    assert all(t.rounds == 2 and t.difference < 1e-5 for t in m.timings)
+
+
+def test_every_implementation_is_timed_or_says_why_not():
+    m = measure(OP, small(), FORWARD, setting())
+    assert {t.name for t in m.timings} | m.declined.keys() == set(
+        dispatch.explain(OP, *small().arguments(*_inputs(small())))
+    )
+    assert all(m.declined.values())
+    assert m.best_peer is None and all(t.speedup is None for t in m.timings)
+
+
+def test_the_interpreter_of_triton_is_never_timed(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    m = measure(OP, small(), FORWARD, setting())
+    assert "triton_impl" not in {t.name for t in m.timings}
+
+
+@pytest.mark.parametrize("what", PASSES)
+def test_a_peer_that_computes_something_else_is_left_out(what):
+    m = measure(OP, small(peer("wrong", wrong), peer("eager")), what, setting())
+    assert "computes something else" in m.declined["wrong"]
+    assert m.best_peer == "eager"
+
+
+def test_a_peer_that_fails_is_left_out_with_its_first_line():
+    m = measure(OP, small(peer("broken", fail)), FORWARD, setting())
+    assert m.declined["broken"] == "RuntimeError: no kernel for this"
+
+
+def test_a_peer_that_is_not_here_says_why():
+    def build():
+        raise Unavailable("liger_kernel is not installed")
+
+    m = measure(OP, small(Peer("liger", build)), FORWARD, setting())
+    assert m.declined["liger"] == "liger_kernel is not installed"
+
+
+def test_a_peer_too_slow_to_repeat_is_left_out():
+    clock = HostClock(cache_bytes=1, min_sample_seconds=0.0)
+
+    def sleepy(x, shift, scale):
+        offset[0] += 5.0
+        return eager(x, shift, scale)
+
+    offset, real = [0.0], clock.now
+    clock.now = lambda: real() + offset[0]
+    rounds = Rounds(budget=4.0, least=2, most=2)
+    m = measure(OP, small(peer("sleepy", sleepy)), FORWARD, replace(setting(clock), rounds=rounds))
+    assert m.declined["sleepy"].startswith("too slow: one call takes 5 s")
+
+
+def test_an_implementation_of_ours_that_is_wrong_stops_the_measurement():
+    case = small()
+    calls = iter(range(100))
+
+    def call(x, shift, scale):
+        # One call to learn the shape, two of the reference, then the first of cpu_impl.
+        return case.call(x, shift, scale) * (1.0 if next(calls) < 3 else 2.0)
+
+    if "cpu_impl" not in dispatch.implementations(OP):
+        pytest.skip("only the reference is here")
+    with pytest.raises(RuntimeError, match=r"cpu_impl is wrong in small forward: relative diff"):
+        measure(OP, replace(case, call=call), FORWARD, setting())
+
+
+def test_contexts_surround_the_calls_of_their_peer_alone():
+    inside = []
+
+    @contextmanager
+    def context():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def call(x, shift, scale):
+        assert inside
+        return eager(x, shift, scale)
+
+    m = measure(OP, small(peer("with", call, context=context), peer("eager")), FORWARD, setting())
+    assert {"with", "eager"} <= {t.name for t in m.timings} and not inside
+
+
+def test_gradients_are_compared_only_where_they_mean_something():
+    def first_half(x):
+        return torch.cat((x[:, :6], torch.zeros_like(x[:, 6:])), dim=1)
+
+    def junk_behind(x, shift, scale):
+        y = eager(x, shift, scale)
+        return torch.cat((y[:, :6], y[:, 6:] * 3), dim=1)
+
+    case = replace(small(peer("junk behind", junk_behind)), meaningful=first_half)
+    for what in PASSES:
+        assert "junk behind" not in measure(OP, case, what, setting()).declined
+
+
+def test_cold_inputs_are_larger_than_the_cache_together():
+    case = small()
+    tensors = sum(t.numel() for t in _inputs(case)) * 4
+    inputs = Inputs(case, CPU, HostClock(cache_bytes=2 * tensors), seed=0)
+    assert len(inputs.sets) * tensors > 2 * tensors
+    places = {t.data_ptr() for tensors in inputs.sets for t in tensors}
+    assert len(places) == 3 * len(inputs.sets)
+    assert all(
+        torch.equal(a, b) for s in inputs.sets for a, b in zip(s, inputs.sets[0], strict=True)
+    )
+    assert all(t.requires_grad for s in inputs.sets for t in s)
+
+    warm = Inputs(replace(case, cold=False), CPU, HostClock(cache_bytes=2 * tensors), seed=0)
+    assert len(warm.sets) == 1
+
+
+def test_the_best_peer_has_the_lowest_median_and_ratios_are_within_rounds():
+    ready = [Contender(n, k, eager) for n, k in (("ours", OURS), ("a", PEER), ("b", PEER))]
+    seconds = {"ours": [1.0, 4.0, 1.0], "a": [2.0, 8.0, 2.0], "b": [3.0, 3.0, 3.0]}
+    samples = Samples(seconds, dict.fromkeys(seconds, 1))
+    assert best_peer(ready, samples) == "a"
+    trials = dict.fromkeys(seconds, Trial(0.0, 2**20, 1.0))
+    ours, a, _ = timings(ready, trials, samples, floor=[0.5, 2.0, 0.5])
+    assert ours.speedup == Spread(2.0, 2.0, 2.0) and a.speedup == Spread(1.0, 1.0, 1.0)
+    assert ours.of_floor == Spread(0.5, 0.5, 0.5) and ours.ms.median == 1000.0
+    assert ours.peak_mib == 1.0
+
+
+def test_the_higher_floor_counts():
+    probes = {COPY: Probe(Entry(print), 100.0), MATMUL: Probe(Entry(print), 1000.0)}
+    seconds = {COPY: [1.0, 2.0], MATMUL: [1.0, 1.0]}
+    assert floors(probes, seconds, Work(200, 1000)) == ([2.0, 4.0], MEMORY)
+    assert floors(probes, seconds, Work(100, 5000)) == ([5.0, 5.0], COMPUTE)
+    assert floors({COPY: probes[COPY]}, seconds, Work(50)) == ([0.5, 1.0], MEMORY)
+
+
+def test_probes_do_the_work_that_they_claim():
+    case = small()
+    probes = floor_probes(case, Work(1000), CPU, copies=2)
+    assert list(probes) == [COPY] and probes[COPY].amount == 1000
+    probes = floor_probes(case, Work(1000, 1), CPU, copies=1)
+    assert probes[MATMUL].amount == 2 * probes[MATMUL].entry.run().shape[0] ** 3
+
+
+def test_relative_difference_is_of_the_worst_tensor():
+    truth = [torch.ones(4), torch.full((4,), 100.0)]
+    assert relative_difference([truth[0] + 0.5, truth[1] + 1.0], truth) == pytest.approx(0.5)
+    assert relative_difference([truth[0] * torch.nan, truth[1]], truth) != pytest.approx(0.0)
+    assert relative_difference([torch.ones(3)], [torch.zeros(3)]) == pytest.approx(1.0)
+
+
+def test_taking_turns_is_measured_for_ours_and_the_first_peer():
+    ours, first = alternate(OP, small(peer("eager"), peer("other")), setting())
+    assert (ours.kind, first.name) == (OURS, "eager")
+    assert ours.ratio.low > 0 and ours.companion == "gelu"
+
+
+def _inputs(case: Case):
+    return case.inputs(torch.Generator().manual_seed(0))

@@ -1,0 +1,121 @@
+"""Results as files: read back unchanged, refused when anything is off, and sound as committed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.kit.contenders import OURS, REFERENCE
+from benchmarks.kit.discover import RESULTS, ROOT, SCRATCH
+from benchmarks.kit.record import RecordError, dumps, load, loads, path_of, save
+from benchmarks.kit.statistics import Spread, geometric_mean
+from hunyuan_fast import dispatch
+from tests.benchmarks.fakes import constant, measurement, result, timing
+
+COMMITTED = sorted(RESULTS.glob("*/*.json"))
+
+
+def test_a_result_survives_the_round_trip(tmp_path):
+    made = result(measurements=[measurement(), measurement(num_flops=10, matmul_tflop_per_s=1.5)])
+    path = tmp_path / "cpu" / "scale.json"
+    save(made, path)
+    assert load(path) == made
+    assert [p.name for p in path.parent.iterdir()] == ["scale.json"]
+
+
+def test_figures_have_five_digits():
+    made = result(measurements=[measurement(copy_gb_per_s=12.3456789)])
+    assert '"copy_gb_per_s": 12.346' in dumps(made)
+
+
+def test_evidence_and_other_runs_are_kept_apart():
+    folder = "cpu-a-processor-r-2-cores"
+    assert path_of(result()) == RESULTS / folder / "scale.json"
+    assert path_of(result(quick=True)) == SCRATCH / folder / "scale.json"
+    assert path_of(result(tests="skipped")) == SCRATCH / folder / "scale.json"
+    gpu = result(machine=replace(result().machine, device="NVIDIA H200", arch="sm_90"))
+    assert path_of(gpu) == RESULTS / "nvidia-h200" / "scale.json"
+
+
+def edited(**changes: object) -> str:
+    return json.dumps({**json.loads(dumps(result())), **changes})
+
+
+def without(name: str) -> str:
+    data = json.loads(dumps(result()))
+    del data[name]
+    return json.dumps(data)
+
+
+def of(**changes: object) -> str:
+    return dumps(result(measurements=[measurement(**changes)]))
+
+
+TIMED_TWICE = [timing("cpu_impl", answers=True), timing("cpu_impl")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "version must be 1"),
+        (edited(version=0), "version must be 1"),
+        (edited(op=3), "result.op must be str, got 3"),
+        (edited(quick="no"), "result.quick must be bool, got 'no'"),
+        (edited(neighbours="many"), "result.neighbours must be float"),
+        (edited(machine=None), "result.machine must be an object"),
+        (edited(colour="red"), "result has unknown colour"),
+        (edited(measurements={}), "result.measurements must be list"),
+        (edited(measurements=[{}]), r"result.measurements\[0\] lacks best_peer"),
+        (edited(tests="perhaps"), "tests must be passed or skipped"),
+        (edited(measurements=[]), "measurements must not be empty"),
+        (without("source"), "result lacks source"),
+        (of(what="sideways"), "what must be one of forward"),
+        (of(timings=[timing("cpu_impl")], best_peer=None), "exactly one implementation"),
+        (of(timings=TIMED_TWICE, best_peer=None), "names in timings must differ"),
+        (of(best_peer="nobody"), "best_peer 'nobody' was not timed"),
+        (
+            of(timings=[timing("a", "friend", answers=True)], best_peer=None),
+            "a must be ours or a peer",
+        ),
+        (of(floor_ms=constant(0.0)), "floor_ms: expected 0 < low"),
+        (
+            of(timings=[timing("a", answers=True, of_floor=Spread(1, 2, 3))], best_peer=None),
+            "a: expected 0 < low <= median",
+        ),
+    ],
+)
+def test_anything_else_is_refused_by_name_and_place(text, message):
+    with pytest.raises(RecordError, match=rf"^scale.json: .*{message}"):
+        loads(text, "scale.json")
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: "/".join(path.parts[-2:]))
+def test_a_committed_result_is_evidence(path):
+    kept = load(path)
+    assert path == path_of(kept), "only thorough runs after green tests are evidence"
+    assert kept.source.commit and kept.source.clean, "measure committed code"
+    assert kept.source.command.startswith("python -m benchmarks")
+    assert path.with_suffix(".png").is_file()
+    for private in (str(ROOT), "/home/", "/root/"):
+        assert private not in path.read_text()
+
+
+@pytest.mark.parametrize("op", dispatch.ops())
+def test_who_answers_on_a_gpu_has_a_result_there(op):
+    """VERIFIED_ON names an architecture only with evidence: timed there, and not the slower one."""
+    results = [kept for path in COMMITTED if (kept := load(path)).op == op]
+    for name, implementation in dispatch.implementations(op).items():
+        for arch in sorted(implementation.VERIFIED_ON - {"*", "cpu"}):
+            against = [
+                each.ms.median / mine.ms.median
+                for kept in results
+                if kept.machine.arch == arch
+                for m in kept.measurements
+                for mine in m.timings
+                if mine.name == name
+                for each in m.timings
+                if each.kind == OURS and each.name == REFERENCE
+            ]
+            assert against, f"{op}: {name} claims {arch} and no committed result shows it"
+            assert geometric_mean(against) >= 1, f"{op}: {name} is slower than the reference"
