@@ -125,6 +125,7 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
         self.bad_steps = 0
+        self.window: dict[str, list[float]] = {}
 
     def save(self) -> None:
         self.states.save(
@@ -135,6 +136,7 @@ class _Run:
                 "ema": self.ema.state_dict(),
                 "seconds": self.seconds,
                 "bad_steps": self.bad_steps,
+                "window": self.window,
             },
         )
 
@@ -149,6 +151,7 @@ class _Run:
             opt.load_state_dict(saved)
         self.ema.load_state_dict(state["ema"])
         self.seconds, self.bad_steps = state["seconds"], state["bad_steps"]
+        self.window = state["window"]
         if self.log.is_file():
             lines = [
                 line
@@ -156,6 +159,12 @@ class _Run:
                 if json.loads(line)["step"] <= self.step
             ]
             write_atomically(self.log, "".join(f"{line}\n" for line in lines))
+
+    def close_window(self) -> dict[str, float]:
+        """Means of the figures since the last log line; a figure counts the steps that gave it."""
+        means = {name: sum(values) / len(values) for name, values in self.window.items()}
+        self.window = {}
+        return {name: float(f"{value:.6g}") for name, value in means.items()}
 
     def _set_lr(self) -> float:
         factor = warmup_cosine(self.step, steps=self.config.steps, warmup=self.config.warmup)
@@ -200,7 +209,8 @@ def fit(
 ) -> EMA:
     """Train a stage to ``config.steps`` and return the averaged weights, already in the module.
 
-    folder: gets ``<stage>/state-*.pt`` and ``<stage>/log.jsonl`` (step, loss, figures, seconds).
+    folder: gets ``<stage>/state-*.pt`` and ``<stage>/log.jsonl`` (step, means of the loss and of the
+        figures since the line before, seconds).
     resume: continue from the newest state in the folder; otherwise its presence is an error.
     Ctrl-C saves the state of the last finished step before KeyboardInterrupt goes on.
     Raises TrainingError when the loss stays non-finite, ValueError for damaged or unwanted states.
@@ -218,15 +228,15 @@ def fit(
             started = time.perf_counter()
             figures = run.advance()
             run.seconds += time.perf_counter() - started
+            for name, value in figures.items():
+                run.window.setdefault(name, []).append(value)
             if run.step % config.log_every == 0 or run.step == config.steps:
-                rounded = {name: float(f"{value:.6g}") for name, value in figures.items()}
-                log.write(
-                    json.dumps({"step": run.step, **rounded, "seconds": round(run.seconds, 2)})
-                    + "\n"
-                )
+                means = run.close_window()
+                log.write(json.dumps({"step": run.step, **means, "seconds": round(run.seconds, 2)}))
+                log.write("\n")
                 log.flush()
                 if progress is not None:
-                    progress(stage.name, run.step, config.steps, figures)
+                    progress(stage.name, run.step, config.steps, means)
             if run.step % config.save_every == 0 or run.step == config.steps or interrupted():
                 run.save()
             if interrupted():

@@ -36,9 +36,11 @@ class Regression:
         return loss, {"half": loss.item() / 2}
 
 
-def config(steps=STEPS, save_every=100):
+def config(steps=STEPS, save_every=100, log_every=1):
     optim = OptimConfig(lr=1e-2, muon_lr=1e-2)
-    return LoopConfig(steps=steps, optim=optim, warmup=3, log_every=1, save_every=save_every)
+    return LoopConfig(
+        steps=steps, optim=optim, warmup=3, log_every=log_every, save_every=save_every
+    )
 
 
 def trained(folder, **kwargs):
@@ -66,6 +68,16 @@ def test_an_interrupted_run_ends_in_the_same_weights(cut, whole, tmp_path):
 
     assert all(torch.equal(a, b) for a, b in zip(weights, whole[0], strict=True))
     assert log_of(tmp_path) == whole[1]
+
+
+def test_a_log_line_is_the_mean_of_its_steps_even_across_an_interruption(whole, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(Regression(interrupt_at=5), config(log_every=4), tmp_path)
+    fit(Regression(), config(log_every=4), tmp_path)
+    losses = [loss for _, loss in whole[1]]
+    assert [step for step, _ in log_of(tmp_path)] == [4, 8, 12]
+    means = [sum(losses[first : first + 4]) / 4 for first in (0, 4, 8)]
+    assert [loss for _, loss in log_of(tmp_path)] == pytest.approx(means, rel=1e-4)
 
 
 def test_two_interruptions_end_in_the_same_weights(whole, tmp_path):

@@ -115,4 +115,5 @@ class AutoencoderStage:
         loss = error.abs().mean() + self.config.square_weight * square + self.config.kl_weight * kl
         # values span 2, so the peak signal is 2
         psnr = 10 * torch.log10(4 / square.detach())
-        return loss, {"psnr": psnr.item(), "kl": kl.item()}
+        kind = "image" if video.shape[2] == 1 else "clip"
+        return loss, {f"{kind}_psnr": psnr.item(), "kl": kl.item()}
