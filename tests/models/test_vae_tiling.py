@@ -1,0 +1,122 @@
+"""Tiles: the same numbers as diffusers' for its preset, for the official one, and for small windows."""
+
+import pytest
+import torch
+
+from hunyuan_fast.models.vae.tiling import PRESETS, Tiling
+from tests.models.vae_cases import clip, diffusers_twin, tile_twin, tiny_vae
+
+SMALL = Tiling(size=32, size_stride=24, frames=8, frames_stride=4)
+# (tiling, frames, height, width): every way of being larger than a window or not
+CASES = [
+    (SMALL, 5, 40, 72),
+    (SMALL, 17, 24, 32),
+    (SMALL, 21, 64, 40),
+    (SMALL, 9, 32, 32),
+    (SMALL, 1, 48, 16),
+    (PRESETS["official"], 69, 8, 16),
+    (PRESETS["official"], 97, 8, 8),
+    (PRESETS["official"], 1, 264, 40),
+    (PRESETS["diffusers"], 25, 16, 16),
+    (PRESETS["diffusers"], 33, 8, 8),
+]
+
+
+@pytest.mark.parametrize(("tiling", "frames", "height", "width"), CASES)
+def test_tiles_equal_diffusers(generator, tiling, frames, height, width):
+    vae = tiny_vae(generator)
+    twin = diffusers_twin(vae)
+    vae.enable_tiling(tiling)
+    tile_twin(twin, tiling)
+    video = clip(generator, 1, 3, frames, height, width)
+    z = torch.randn(1, 4, (frames - 1) // 4 + 1, height // 8, width // 8, generator=generator)
+    with torch.no_grad():
+        posterior, expected = vae.encode(video), twin.encode(video).latent_dist
+        torch.testing.assert_close(posterior.mean, expected.mean, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(posterior.logvar, expected.logvar, atol=1e-4, rtol=1e-4)
+        decoded = vae.decode(z)
+        torch.testing.assert_close(decoded, twin.decode(z).sample, atol=1e-4, rtol=1e-4)
+    assert posterior.mean.shape == z.shape
+    assert decoded.shape == video.shape
+
+
+def test_the_preset_of_diffusers_is_its_default(generator):
+    vae = tiny_vae(generator)
+    twin = diffusers_twin(vae)
+    twin.use_framewise_encoding = twin.use_framewise_decoding = True
+    vae.enable_tiling("diffusers")
+    z = torch.randn(1, 4, 7, 1, 2, generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(vae.decode(z), twin.decode(z).sample, atol=1e-4, rtol=1e-4)
+
+
+def test_clips_within_a_window_are_untouched(generator):
+    vae = tiny_vae(generator)
+    video = clip(generator, 1, 3, 9, 32, 24)
+    with torch.no_grad():
+        whole = vae.encode(video).mean
+        decoded = vae.decode(whole)
+        vae.enable_tiling(SMALL)
+        assert torch.equal(vae.encode(video).mean, whole)
+        assert torch.equal(vae.decode(whole), decoded)
+        vae.enable_tiling(Tiling(size=16, size_stride=8, frames=8, frames_stride=4))
+        assert not torch.equal(vae.decode(whole), decoded)
+        vae.disable_tiling()
+        assert torch.equal(vae.decode(whole), decoded)
+
+
+@pytest.mark.parametrize(
+    ("preset", "latents", "calls"),
+    [
+        ("official", (33, 90, 160), 84),
+        ("official", (16, 32, 32), 1),
+        ("official", (25, 32, 33), 4),
+        ("diffusers", (33, 32, 32), 11),
+    ],
+)
+def test_number_of_tiles(generator, monkeypatch, preset, latents, calls):
+    """33 latents of 90 x 160 take 3 windows of 4 x 7 tiles; a window with nothing to give is left."""
+    vae = tiny_vae(generator)
+    shapes = []
+
+    def record(z):
+        shapes.append(tuple(z.shape[2:]))
+        frames, height, width = z.shape[2:]
+        return z.new_zeros(1, 1, 4 * frames - 3, 8 * height, 8 * width)
+
+    monkeypatch.setattr(vae, "_decode_tile", record)
+    vae.enable_tiling(preset)
+    decoded = vae.decode(torch.zeros(1, 4, *latents))
+    assert len(shapes) == calls
+    assert decoded.shape[2:] == (4 * latents[0] - 3, 8 * latents[1], 8 * latents[2])
+
+
+def test_gradients_flow_through_tiles(generator):
+    vae = tiny_vae(generator)
+    vae.enable_tiling(SMALL)
+    z = torch.randn(1, 4, 4, 5, 4, generator=generator, requires_grad=True)
+    vae.decode(z).square().mean().backward()
+    assert (z.grad != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("fast", r"preset must be one of \['diffusers', 'official'\] or a Tiling, got 'fast'"),
+        (Tiling(size=36, size_stride=24), "window 36 and stride 24 must be multiples of 8"),
+        (Tiling(frames=16, frames_stride=10), "window 16 and stride 10 must be multiples of 4"),
+    ],
+)
+def test_refused_tilings(generator, preset, message):
+    vae = tiny_vae(generator)
+    with pytest.raises(ValueError, match=message):
+        vae.enable_tiling(preset)
+    assert vae.tiling is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"size_stride": 0}, {"size_stride": 257}, {"frames_stride": -4}, {"frames": 0}]
+)
+def test_impossible_windows(changes):
+    with pytest.raises(ValueError, match=r"_stride must be in 1\.\."):
+        Tiling(**changes)

@@ -1,0 +1,63 @@
+"""A miniature VAE with weights that leave nothing trivial, and the same model in diffusers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hunyuan_fast.models import HunyuanVideoVAE
+from hunyuan_fast.models.vae.checkpoint import config_to_diffusers
+from hunyuan_fast.models.vae.tiling import Tiling
+
+TINY: dict[str, Any] = {
+    "latent_channels": 4,
+    "block_out_channels": (8, 8, 16, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
+def tiny_vae(generator: torch.Generator, **changes: Any) -> HunyuanVideoVAE:
+    """A miniature VAE whose norms scale and shift and whose attention is sharp."""
+    vae = HunyuanVideoVAE(**{**TINY, **changes})
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(0.3 * noise + (1 if name.endswith("weight") else 0))
+            elif name.endswith("bias"):
+                parameter.copy_(0.1 * noise)
+            else:
+                gain = 4 if "to_q" in name or "to_k" in name else 1
+                parameter.copy_(gain * noise / parameter[0].numel() ** 0.5)
+    return vae
+
+
+def diffusers_twin(vae: HunyuanVideoVAE) -> Any:
+    """diffusers' class with the same weights, whole clips at a time."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    settings = config_to_diffusers(vae.config)
+    del settings["_class_name"]
+    twin = AutoencoderKLHunyuanVideo(**settings)
+    twin.load_state_dict(vae.state_dict(), strict=True)
+    twin.use_framewise_encoding = twin.use_framewise_decoding = False
+    return twin
+
+
+def tile_twin(twin: Any, tiling: Tiling) -> None:
+    """Make diffusers' class cut the same windows."""
+    twin.enable_tiling(
+        tile_sample_min_height=tiling.size,
+        tile_sample_min_width=tiling.size,
+        tile_sample_min_num_frames=tiling.frames,
+        tile_sample_stride_height=tiling.size_stride,
+        tile_sample_stride_width=tiling.size_stride,
+        tile_sample_stride_num_frames=tiling.frames_stride,
+    )
+    twin.use_framewise_encoding = twin.use_framewise_decoding = True
+
+
+def clip(generator: torch.Generator, *shape: int) -> Tensor:
+    """A clip of noise in [-1, 1]."""
+    return 2 * torch.rand(shape, generator=generator) - 1
