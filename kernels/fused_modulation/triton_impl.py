@@ -95,7 +95,7 @@ def _backward_kernel(
     gain = 1.0 + tl.load(scale_ptr + b * stride_scale + e, mask=inside, other=0.0).to(tl.float32)
     dshift = tl.zeros([BLOCK_E], dtype=tl.float32)
     dscale = tl.zeros([BLOCK_E], dtype=tl.float32)
-    for step in range(0, num_rows):
+    for step in range(num_rows):
         l = first + step  # int64, which the counter of a loop need not be
         row = b * length + l
         dy_row = dy_ptr + b * stride_dyb + l * stride_dyl
