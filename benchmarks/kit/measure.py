@@ -32,10 +32,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a first call showed: distance from the reference, memory, seconds of a second call."""
+    """What the first calls showed: distance from the reference, seconds of a warm call."""
 
     difference: float
-    peak_bytes: int | None
     seconds: float
 
 
@@ -52,6 +51,7 @@ def measure(op: str, case: Case, what: str, setting: Setting) -> Measurement:
     _leave_out_slow(trials, answering, setting.rounds, declined)
 
     ready = [c for c in found if c.name in trials]
+    peaks = {c.name: _peak_mib(entries[c.name], setting.clock) for c in ready}
     work = case.work[what]
     probes = floor_probes(case, work, setting.device, len(inputs.sets))
     everything = {c.name: entries[c.name] for c in ready}
@@ -72,7 +72,7 @@ def measure(op: str, case: Case, what: str, setting: Setting) -> Measurement:
         floor_ms=_times(spread(floor), 1e3),
         bound=bound,
         best_peer=best_peer(ready, samples),
-        timings=timings(ready, trials, samples, floor),
+        timings=timings(ready, trials, peaks, samples, floor),
         declined=declined,
     )
 
@@ -80,6 +80,7 @@ def measure(op: str, case: Case, what: str, setting: Setting) -> Measurement:
 def timings(
     ready: Sequence[Contender],
     trials: dict[str, Trial],
+    peaks: dict[str, float | None],
     samples: Samples,
     floor: Sequence[float],
 ) -> list[Timing]:
@@ -96,7 +97,7 @@ def timings(
             calls=samples.calls[c.name],
             speedup=paired_ratio(seconds[best], seconds[c.name]) if best else None,
             of_floor=paired_ratio(floor, seconds[c.name]),
-            peak_mib=_mib(trials[c.name].peak_bytes),
+            peak_mib=peaks[c.name],
             difference=trials[c.name].difference,
         )
         for c in ready
@@ -171,17 +172,18 @@ def _try_one(
         if what == FORWARD:
             result = [case.meaningful(each) for each in result]
         difference = relative_difference(result, result if expected is None else expected)
-        peak = setting.clock.peak_bytes(entry.run)
         seconds = setting.clock.sample(entry.run, 1)
-    return result, Trial(difference, peak, seconds)
+    return result, Trial(difference, seconds)
+
+
+def _peak_mib(entry: Entry, clock: Clock) -> float | None:
+    with entry.context():
+        num_bytes = clock.peak_bytes(entry.run)
+    return None if num_bytes is None else num_bytes / MIB
 
 
 def _times(x: Spread, factor: float) -> Spread:
     return Spread(x.median * factor, x.low * factor, x.high * factor)
-
-
-def _mib(num_bytes: int | None) -> float | None:
-    return None if num_bytes is None else num_bytes / MIB
 
 
 def _first_line(failure: Exception) -> str:

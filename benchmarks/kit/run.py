@@ -1,5 +1,6 @@
 """All cases of an op on one device."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -28,6 +29,8 @@ def run(
     progress: Callable[[str], None],
 ) -> Result:
     """Measure every case of an op in every pass; ``tests`` and ``command`` go into the result."""
+    # Helpers that outlive a compilation would pass for neighbours, and may take a core.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     clock = clock_for(device, machine.cache_bytes())
     setting = Setting(device, clock, QUICK if quick else THOROUGH)
     source = machine.describe_source(op, command)

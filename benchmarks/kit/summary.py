@@ -46,6 +46,8 @@ def render(results: Mapping[str, Result], implementations: Mapping[str, Sequence
     by_device: dict[str, dict[str, Result]] = {}
     for path, result in results.items():
         by_device.setdefault(path.split("/")[-2], {})[path] = result
+    if not results:
+        parts.append("No result is committed yet: `python -m benchmarks` on a quiet machine.\n")
     for of_device in by_device.values():
         parts.append(_device_section(of_device))
     parts.append(_unverified_section(results.values(), implementations))

@@ -175,8 +175,9 @@ def test_the_best_peer_has_the_lowest_median_and_ratios_are_within_rounds():
     seconds = {"ours": [1.0, 4.0, 1.0], "a": [2.0, 8.0, 2.0], "b": [3.0, 3.0, 3.0]}
     samples = Samples(seconds, dict.fromkeys(seconds, 1))
     assert best_peer(ready, samples) == "a"
-    trials = dict.fromkeys(seconds, Trial(0.0, 2**20, 1.0))
-    ours, a, _ = timings(ready, trials, samples, floor=[0.5, 2.0, 0.5])
+    trials = dict.fromkeys(seconds, Trial(0.0, 1.0))
+    peaks = dict.fromkeys(seconds, 1.0)
+    ours, a, _ = timings(ready, trials, peaks, samples, floor=[0.5, 2.0, 0.5])
     assert ours.speedup == Spread(2.0, 2.0, 2.0) and a.speedup == Spread(1.0, 1.0, 1.0)
     assert ours.of_floor == Spread(0.5, 0.5, 0.5) and ours.ms.median == 1000.0
     assert ours.peak_mib == 1.0

@@ -75,6 +75,11 @@ def test_kernels_without_a_gpu_result_are_unverified():
     assert "| scale | triton_impl | unverified: no committed result on a GPU |" in page
 
 
+def test_a_page_without_results_says_so():
+    assert "No result is committed yet" in render({}, NAMES)
+    assert "No result is committed yet" not in render({PATH: result()}, NAMES)
+
+
 def test_a_gpu_result_verifies_what_it_timed():
     machine = replace(result().machine, device="NVIDIA H200", arch="sm_90", driver="570.1")
     timings = [timing("cuda_impl", answers=True, peak_mib=1.0)]
