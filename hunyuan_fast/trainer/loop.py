@@ -209,8 +209,8 @@ def fit(
 ) -> EMA:
     """Train a stage to ``config.steps`` and return the averaged weights, already in the module.
 
-    folder: gets ``<stage>/state-*.pt`` and ``<stage>/log.jsonl`` (step, means of the loss and of the
-        figures since the line before, seconds).
+    folder: gets ``<stage>/state-*.pt`` and ``<stage>/log.jsonl`` (step, means of the loss
+        and of the figures since the line before, seconds).
     resume: continue from the newest state in the folder; otherwise its presence is an error.
     Ctrl-C saves the state of the last finished step before KeyboardInterrupt goes on.
     Raises TrainingError when the loss stays non-finite, ValueError for damaged or unwanted states.
