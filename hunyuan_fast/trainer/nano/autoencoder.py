@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hunyuan_fast.data.shapes.batches import sample, to_float
 from hunyuan_fast.data.shapes.render import render
@@ -41,13 +41,22 @@ class AutoencoderConfig:
     clip_size: int = 96
 
 
+def _temporal_kernels(vae: HunyuanVideoVAE) -> list[nn.Parameter]:
+    """The kernels (O, I, t, h, w) that reach into the past."""
+    return [m.weight for m in vae.modules() if isinstance(m, nn.Conv3d) and m.kernel_size[0] > 1]
+
+
 @torch.no_grad()
 def init_autoencoder(vae: HunyuanVideoVAE) -> None:
-    """Start as a nearly noiseless network of plain resampling convolutions.
+    """Start as a nearly noiseless network that sees each frame by itself.
 
-    Residual branches begin at zero; the posterior begins with a standard deviation of 0.05, since
-    at torch's default of 1 the noise drowns the mean and a small network never finds it.
+    Residual branches begin at zero. The posterior begins with a standard deviation of 0.05, since
+    at torch's default of 1 the noise drowns the mean and a small network never finds it. Of the
+    temporal taps only that of the present frame begins above zero.
     """
+    for kernel in _temporal_kernels(vae):
+        kernel[:, :, -1] *= kernel.shape[2] ** 0.5
+        kernel[:, :, :-1] = 0.0
     for name, p in vae.named_parameters():
         if ".conv2." in name or ".to_out." in name:
             p.zero_()
@@ -64,10 +73,26 @@ class AutoencoderStage:
         self.module = vae
         self.config = config
         self.seed = seed
+        self._image = False
+        for kernel in _temporal_kernels(vae):
+            kernel.register_hook(self._present_only)
 
     @property
     def steps(self) -> int:
         return sum(phase.steps for phase in self.config.phases)
+
+    def _present_only(self, gradient: Tensor) -> Tensor:
+        """Let images train the tap of the present frame alone.
+
+        A single frame gives every temporal tap the same gradient, and taps that are alike blur
+        clips in time: after image training a clip came back at 17 dB, its motion gone, and at 21
+        to 29 dB when the same kernels were moved into the last tap.
+        """
+        if not self._image:
+            return gradient
+        masked = torch.zeros_like(gradient)
+        masked[:, :, -1] = gradient[:, :, -1]
+        return masked
 
     def _phase(self, step: int) -> Phase:
         for phase in self.config.phases:
@@ -106,6 +131,7 @@ class AutoencoderStage:
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         video = self.batch(step).to(next(self.module.parameters()).device)
         generator = step_generator(self.seed, self.name, step)
+        self._image = video.shape[2] == 1
         with torch.autocast(video.device.type, torch.bfloat16):
             posterior = self.module.encode(video)
             decoded = self.module.decode(posterior.sample(generator))
@@ -115,5 +141,5 @@ class AutoencoderStage:
         loss = error.abs().mean() + self.config.square_weight * square + self.config.kl_weight * kl
         # values span 2, so the peak signal is 2
         psnr = 10 * torch.log10(4 / square.detach())
-        kind = "image" if video.shape[2] == 1 else "clip"
+        kind = "image" if self._image else "clip"
         return loss, {f"{kind}_psnr": psnr.item(), "kl": kl.item()}
