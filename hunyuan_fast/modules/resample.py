@@ -13,7 +13,9 @@ from hunyuan_fast.modules.causal_conv3d import CausalConv3d, conv3d_valid, pad_e
 Factor = tuple[int, int, int]
 
 
-def upsample_causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *, factor: Factor) -> Tensor:
+def upsample_causal_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, factor: Factor
+) -> Tensor:
     """Repeat pixels by factor, the first frame in space only, then convolve causally.
 
     x (B, C, T, H, W); weight (O, C, 3, 3, 3); bias (O,); factor (t, h, w), each 1 or 2.

@@ -20,7 +20,9 @@ def test_released_model_has_the_official_names_and_sizes():
         ours, theirs = HunyuanVideoVAE(), AutoencoderKLHunyuanVideo()
     assert shapes(ours) == shapes(theirs)
     assert len(ours.state_dict()) == 248
-    count = {name: sum(p.numel() for p in part.parameters()) for name, part in ours.named_children()}
+    count = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in ours.named_children()
+    }
     assert count["encoder"] == 100_341_408
     assert count["decoder"] == 146_136_067
     assert sum(count.values()) == 246_478_803

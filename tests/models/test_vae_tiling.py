@@ -1,4 +1,4 @@
-"""Tiles: the same numbers as diffusers' for its preset, for the official one, and for small windows."""
+"""Tiles: the numbers of diffusers, for its own windows, the official ones and small ones."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_clips_within_a_window_are_untouched(generator):
     ],
 )
 def test_number_of_tiles(generator, monkeypatch, preset, latents, calls):
-    """33 latents of 90 x 160 take 3 windows of 4 x 7 tiles; a window with nothing to give is left."""
+    """33 latents of 90 x 160 take 3 windows of 4 x 7 tiles; an empty window is not run."""
     vae = tiny_vae(generator)
     shapes = []
 
