@@ -25,6 +25,7 @@ TINY = NanoRecipe(
     dit_clip_steps=2,
     guidance_steps=1,
     text_batch=8,
+    trial_prompts=2,
 )
 
 
@@ -44,7 +45,16 @@ def whole(tmp_path_factory):
 
 
 def test_the_stages_run_in_order(whole):
-    assert whole[1] == ["vae", "encode clips", "encode images", "llm", "clip", "dit", "guidance"]
+    stages = ["vae", "encode clips", "encode images", "llm", "clip", "dit", "guidance", "trials"]
+    assert whole[1] == stages
+
+
+def test_the_run_ends_with_its_figures_and_curves(whole):
+    out = whole[0].parent
+    figures = json.loads((out / "figures.json").read_text())
+    assert set(figures["held_out_prompts"]) == {"colour", "shape", "direction", "all"}
+    assert 0 < figures["held_out_psnr"] < 60
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_result_is_a_pipeline_that_generates(whole):

@@ -41,7 +41,7 @@ class AutoencoderConfig:
     clip_size: int = 96
 
 
-def _temporal_kernels(vae: HunyuanVideoVAE) -> list[nn.Parameter]:
+def _temporal_kernels(vae: HunyuanVideoVAE) -> list[Tensor]:
     """The kernels (O, I, t, h, w) that reach into the past."""
     return [m.weight for m in vae.modules() if isinstance(m, nn.Conv3d) and m.kernel_size[0] > 1]
 

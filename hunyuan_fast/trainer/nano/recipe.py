@@ -39,29 +39,31 @@ class NanoRecipe:
     seed: of weights, data and noise
     threads: CPU threads, part of what makes a run repeat bit for bit
     device: "cpu" or "cuda"    num_clips, num_images: scenes encoded once for the transformer
+    trial_prompts: held-out prompts that the finished model is tried on; 0 for none
     """
 
     seed: int = 0
     threads: int = 2
     device: str = "cpu"
-    vae_image_steps: int = 1500
-    vae_short_steps: int = 600
-    vae_full_steps: int = 600
-    num_clips: int = 8192
-    num_images: int = 16384
-    llm_steps: int = 600
-    clip_steps: int = 800
-    dit_image_steps: int = 3000
-    dit_clip_steps: int = 2200
-    guidance_steps: int = 250
+    vae_image_steps: int = 700
+    vae_short_steps: int = 500
+    vae_full_steps: int = 260
+    num_clips: int = 2048
+    num_images: int = 4096
+    llm_steps: int = 200
+    clip_steps: int = 200
+    dit_image_steps: int = 1500
+    dit_clip_steps: int = 900
+    guidance_steps: int = 40
     text_batch: int = 128
+    trial_prompts: int = 72
     save_every: int = 250
 
     def autoencoder(self) -> tuple[AutoencoderConfig, LoopConfig]:
         config = AutoencoderConfig(
             phases=(
                 Phase(steps=self.vae_image_steps, frames=1, size=SIZE, batch=8),
-                Phase(steps=self.vae_short_steps, frames=5, size=SIZE, batch=4),
+                Phase(steps=self.vae_short_steps, frames=9, size=SIZE, batch=2),
                 Phase(steps=self.vae_full_steps, frames=FRAMES, size=SIZE, batch=2),
             ),
             clip_frames=FRAMES,

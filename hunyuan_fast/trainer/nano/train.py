@@ -3,7 +3,9 @@
 import copy
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,16 @@ from hunyuan_fast.models.vae.model import HunyuanVideoVAE
 from hunyuan_fast.pipelines import HunyuanVideoPipeline
 from hunyuan_fast.pipelines.settings import GenerationDefaults, PipelineSettings
 from hunyuan_fast.trainer.checkpoint import write_atomically
+from hunyuan_fast.trainer.curves import draw_curves
 from hunyuan_fast.trainer.loop import Progress, fit, hash_seed
 from hunyuan_fast.trainer.nano import recipe as sizes
 from hunyuan_fast.trainer.nano.autoencoder import AutoencoderStage, init_autoencoder
+from hunyuan_fast.trainer.nano.evaluate import (
+    accuracy,
+    held_out_prompts,
+    reconstruction_psnr,
+    run_trials,
+)
 from hunyuan_fast.trainer.nano.latents import LatentSet, encode_clips
 from hunyuan_fast.trainer.nano.recipe import NanoRecipe, Prompting
 from hunyuan_fast.trainer.nano.text import (
@@ -39,7 +48,8 @@ def train(
 ) -> Path:
     """Train the miniature and return the folder of the finished pipeline, ``out/model``.
 
-    out: also gets each stage's states and log (``<stage>/log.jsonl``), the clips, the recipe
+        the end ``figures.json`` (held-out prompts, clips) and, with matplotlib, ``curves.png``
+        the end ``figures.json`` (held-out prompts and clips), ``curves.png`` (with matplotlib)
     resume: go on from what is in ``out``, which must come from the same recipe. On one machine the
         finished weights are the same, bit for bit, wherever the run was interrupted.
     Raises ValueError for a folder in use without ``resume`` or of another recipe, TrainingError if
@@ -113,9 +123,30 @@ class _Run:
         _round_to(torch.bfloat16, student, llm, clip_text)
         _round_to(torch.float16, vae)
         pipeline.save_pretrained(folder)
-        note = {"seconds_of_this_run": round(time.perf_counter() - started, 1)}
-        write_atomically(self.out / "finished.json", json.dumps(note) + "\n")
+        self.finish(folder, time.perf_counter() - started)
         return folder
+
+    def finish(self, folder: Path, seconds: float) -> None:
+        """Try the stored model on held-out prompts and clips; write the figures and curves."""
+        figures: dict[str, Any] = {"seconds_of_this_run": round(seconds, 1)}
+        if self.recipe.trial_prompts:
+            pipeline = HunyuanVideoPipeline.from_pretrained(folder, device=self.device)
+            prompts = held_out_prompts(self.recipe.trial_prompts)
+            figures["held_out_prompts"] = accuracy(
+                run_trials(pipeline, prompts, on_batch=self._note("trials"))
+            )
+            values = reconstruction_psnr(pipeline.vae, seed=4242, count=16)
+            figures["held_out_psnr"] = sum(values) / len(values)
+        write_atomically(self.out / "figures.json", json.dumps(figures, indent=2) + "\n")
+        if find_spec("matplotlib") is not None:
+            draw_curves(self.out, self.out / "curves.png")
+
+    def _note(self, stage: str) -> Callable[[int, int], None] | None:
+        """Progress of something that only counts."""
+        progress = self.progress
+        if progress is None:
+            return None
+        return lambda done, total: progress(stage, done, total, {})
 
     def _seeded(self, stage: str) -> None:
         torch.manual_seed(hash_seed(self.recipe.seed, stage, "weights"))
@@ -141,8 +172,7 @@ class _Run:
             count=count,
             frames=frames,
             size=sizes.SIZE,
-            progress=self.progress
-            and (lambda done, total: self.progress(f"encode {kind}", done, total, {})),
+            progress=self._note(f"encode {kind}"),
         )
 
     def language(self) -> nn.Module:
