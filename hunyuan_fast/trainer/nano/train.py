@@ -48,8 +48,8 @@ def train(
 ) -> Path:
     """Train the miniature and return the folder of the finished pipeline, ``out/model``.
 
-        the end ``figures.json`` (held-out prompts, clips) and, with matplotlib, ``curves.png``
-        the end ``figures.json`` (held-out prompts and clips), ``curves.png`` (with matplotlib)
+    out: also gets each stage's states and log (``<stage>/log.jsonl``), the clips, the recipe, and
+        at the end ``figures.json`` (held-out prompts, clips) and, with matplotlib, ``curves.png``
     resume: go on from what is in ``out``, which must come from the same recipe. On one machine the
         finished weights are the same, bit for bit, wherever the run was interrupted.
     Raises ValueError for a folder in use without ``resume`` or of another recipe, TrainingError if
