@@ -84,7 +84,7 @@ def describe(error: BaseException) -> str:
     """An exception in one line, for the user."""
     said = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; no unfinished file is left"
+        return f"interrupted; {said or 'no unfinished file is left'}"
     if isinstance(error, _Terminated):
         return "terminated; no unfinished file is left"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

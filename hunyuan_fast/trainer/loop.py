@@ -241,7 +241,7 @@ def fit(
                 run.save()
             if interrupted():
                 raise KeyboardInterrupt(
-                    f"stage {stage.name} stopped and saved after step {run.step}"
+                    f"stage {stage.name} is saved after step {run.step}; resume to go on from there"
                 )
     stage.module.eval()
     run.ema.copy_to_module()

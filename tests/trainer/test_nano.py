@@ -64,7 +64,7 @@ def test_the_result_is_a_pipeline_that_generates(whole):
     assert not torch.equal(video, pipe("a blue star", num_inference_steps=1, seed=1))
 
 
-@pytest.mark.parametrize("stop", ["encode images", "dit"])
+@pytest.mark.parametrize("stop", ["encode images", "dit", "trials"])
 def test_an_interrupted_recipe_ends_in_the_same_weights(whole, stop, tmp_path):
     def interrupt(stage, *_):
         if stage == stop:
@@ -74,6 +74,15 @@ def test_an_interrupted_recipe_ends_in_the_same_weights(whole, stop, tmp_path):
         train(TINY, tmp_path / "run", progress=interrupt)
     folder = train(TINY, tmp_path / "run", resume=True)
     assert weights(folder) == weights(whole[0])
+
+
+def test_a_finished_run_is_returned_as_it_is(whole):
+    before = weights(whole[0])
+    stages = []
+    folder = train(
+        TINY, whole[0].parent, resume=True, progress=lambda stage, *_: stages.append(stage)
+    )
+    assert folder == whole[0] and weights(folder) == before and not stages
 
 
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(whole, tmp_path):
@@ -114,4 +123,4 @@ def test_trials_compare_what_was_asked_with_what_is_seen():
 def test_held_out_prompts_are_held_out_and_varied():
     prompts = held_out_prompts(96)
     assert {combination for _, combination in prompts} == set(HELD_OUT)
-    assert len({text for text, _ in prompts}) > 60
+    assert len({text for text, _ in prompts}) > 85

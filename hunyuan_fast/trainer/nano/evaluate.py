@@ -41,13 +41,13 @@ class Trial:
 
 
 def held_out_prompts(count: int, *, seed: int = 0) -> list[tuple[str, Combination]]:
-    """``count`` prompts over all held-out combinations in turn, every other one in plain words."""
+    """``count`` prompts over all held-out combinations in turn, the first round in plain words."""
     prompts = []
     for index in range(count):
         combination = HELD_OUT[index % len(HELD_OUT)]
         rng = np.random.default_rng((seed, index))
         scene = sample_scene(rng, combinations=(combination,), two_things=0.0)
-        text = plain(*combination) if index % 2 == 0 else describe(rng, scene)
+        text = plain(*combination) if index < len(HELD_OUT) else describe(rng, scene)
         prompts.append((text, combination))
     return prompts
 

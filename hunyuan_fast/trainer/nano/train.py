@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -41,6 +42,7 @@ from hunyuan_fast.trainer.nano.text import (
 from hunyuan_fast.trainer.nano.transformer import DistillationStage, FlowStage, FrozenPrompts
 
 RECIPE_FILE = "recipe.json"
+FIGURES_FILE = "figures.json"
 
 
 def train(
@@ -90,6 +92,9 @@ class _Run:
         self.tokenizer = build_tokenizer()
 
     def all_stages(self) -> Path:
+        folder = self.out / "model"
+        if (self.out / FIGURES_FILE).is_file():  # written last of all
+            return folder
         started = time.perf_counter()
         vae = self.autoencoder()
         clips, images = self.encode(vae, "clips"), self.encode(vae, "images")
@@ -117,11 +122,12 @@ class _Run:
                 height=sizes.SIZE, width=sizes.SIZE, num_frames=sizes.FRAMES, fps=8
             ),
         )
-        folder = self.out / "model"
         pipeline = HunyuanVideoPipeline(student, vae, *encoders, settings)
         # stored in half precision: the package carries these weights
         _round_to(torch.bfloat16, student, llm, clip_text)
         _round_to(torch.float16, vae)
+        if folder.exists():  # of a run interrupted during its trials
+            shutil.rmtree(folder)
         pipeline.save_pretrained(folder)
         self.finish(folder, time.perf_counter() - started)
         return folder
@@ -137,9 +143,9 @@ class _Run:
             )
             values = reconstruction_psnr(pipeline.vae, seed=4242, count=16)
             figures["held_out_psnr"] = sum(values) / len(values)
-        write_atomically(self.out / "figures.json", json.dumps(figures, indent=2) + "\n")
         if find_spec("matplotlib") is not None:
             draw_curves(self.out, self.out / "curves.png")
+        write_atomically(self.out / FIGURES_FILE, json.dumps(figures, indent=2) + "\n")
 
     def _note(self, stage: str) -> Callable[[int, int], None] | None:
         """Progress of something that only counts."""
