@@ -34,7 +34,7 @@ TRANSFORMER: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class NanoRecipe:
-    """Length and batch of every stage; the defaults make the weights that ship with the package.
+    """Length and batch of every stage.
 
     seed: of weights, data and noise
     threads: CPU threads, part of what makes a run repeat bit for bit
@@ -48,13 +48,13 @@ class NanoRecipe:
     vae_image_steps: int = 700
     vae_short_steps: int = 500
     vae_full_steps: int = 260
-    num_clips: int = 2048
-    num_images: int = 4096
-    llm_steps: int = 200
-    clip_steps: int = 200
-    dit_image_steps: int = 1500
-    dit_clip_steps: int = 900
-    guidance_steps: int = 40
+    num_clips: int = 6144
+    num_images: int = 8192
+    llm_steps: int = 300
+    clip_steps: int = 400
+    dit_image_steps: int = 3000
+    dit_clip_steps: int = 4500
+    guidance_steps: int = 300
     text_batch: int = 128
     trial_prompts: int = 72
     save_every: int = 250
