@@ -33,7 +33,9 @@ bench:
 
 gpu:
 	@nvidia-smi -L || { echo "make gpu needs a machine with an NVIDIA GPU and its driver"; exit 1; }
-	@$(PYTHON) scripts/bootstrap.py --extra dev
+	@HUNYUAN_FAST_REQUIRE_EXT=cuda $(PYTHON) scripts/bootstrap.py --extra dev
+	@$(BIN)/python -c "from hunyuan_fast._C import has_cuda; raise SystemExit(not has_cuda)" || \
+		{ echo "the native module was built without CUDA: put nvcc on the PATH"; exit 1; }
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m benchmarks
 
