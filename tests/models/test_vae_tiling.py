@@ -32,10 +32,10 @@ def test_tiles_equal_diffusers(generator, tiling, frames, height, width):
     z = torch.randn(1, 4, (frames - 1) // 4 + 1, height // 8, width // 8, generator=generator)
     with torch.no_grad():
         posterior, expected = vae.encode(video), twin.encode(video).latent_dist
-        torch.testing.assert_close(posterior.mean, expected.mean, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(posterior.logvar, expected.logvar, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(posterior.mean, expected.mean, atol=1e-4, rtol=0)
+        torch.testing.assert_close(posterior.logvar, expected.logvar, atol=1e-4, rtol=0)
         decoded = vae.decode(z)
-        torch.testing.assert_close(decoded, twin.decode(z).sample, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(decoded, twin.decode(z).sample, atol=1e-4, rtol=0)
     assert posterior.mean.shape == z.shape
     assert decoded.shape == video.shape
 
@@ -47,19 +47,19 @@ def test_the_preset_of_diffusers_is_its_default(generator):
     vae.enable_tiling("diffusers")
     z = torch.randn(1, 4, 7, 1, 2, generator=generator)
     with torch.no_grad():
-        torch.testing.assert_close(vae.decode(z), twin.decode(z).sample, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(vae.decode(z), twin.decode(z).sample, atol=1e-4, rtol=0)
 
 
 def test_clips_within_a_window_are_untouched(generator):
     vae = tiny_vae(generator)
-    video = clip(generator, 1, 3, 9, 32, 24)
+    video = clip(generator, 1, 3, 5, 32, 24)
     with torch.no_grad():
         whole = vae.encode(video).mean
         decoded = vae.decode(whole)
         vae.enable_tiling(SMALL)
         assert torch.equal(vae.encode(video).mean, whole)
         assert torch.equal(vae.decode(whole), decoded)
-        vae.enable_tiling(Tiling(size=16, size_stride=8, frames=8, frames_stride=4))
+        vae.enable_tiling(Tiling(size=16, size_stride=8))
         assert not torch.equal(vae.decode(whole), decoded)
         vae.disable_tiling()
         assert torch.equal(vae.decode(whole), decoded)
@@ -70,7 +70,7 @@ def test_clips_within_a_window_are_untouched(generator):
     [
         ("official", (33, 90, 160), 84),
         ("official", (16, 32, 32), 1),
-        ("official", (25, 32, 33), 4),
+        ("official", (25, 32, 33), 8),
         ("diffusers", (33, 32, 32), 11),
     ],
 )
