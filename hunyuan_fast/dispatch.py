@@ -59,11 +59,7 @@ def select(op: str, *args: object) -> ModuleType:
     named = _named.get(op) or _named.get(None)
     if named is not None:
         return _select_named(op, named, args)
-    arch = _arch(args)
-    for impl, verified_on in _verified(op):
-        if (arch in verified_on or "*" in verified_on) and impl.supports(*args) is None:
-            return impl
-    raise RuntimeError(f"no implementation of {op} answers this call: {explain(op, *args)}")
+    return _select_verified(op, args)
 
 
 def explain(op: str, *args: object) -> dict[str, str | None]:
@@ -130,12 +126,19 @@ def report() -> Report:
     return Report(reasons)
 
 
+def _select_verified(op: str, args: tuple[object, ...]) -> ModuleType:
+    arch = _arch(args)
+    for impl, verified_on in _verified(op):
+        if (arch in verified_on or "*" in verified_on) and impl.supports(*args) is None:
+            return impl
+    raise RuntimeError(f"no implementation of {op} answers this call: {explain(op, *args)}")
+
+
 def _select_named(op: str, named: str, args: tuple[object, ...]) -> ModuleType:
     _check_name(named)
     candidates = _candidates(op)
     if named not in candidates:  # named for every op, and this room never had it
-        rest = [impl for impl, _ in _verified(op) if impl.supports(*args) is None]
-        return rest[0] if rest else implementations(op)["reference"]
+        return _select_verified(op, args)
     reason = candidates[named]
     if reason is None:
         impl = implementations(op)[named]

@@ -122,6 +122,21 @@ def test_a_name_for_all_ops_passes_by_rooms_that_never_had_it(room):
         pytest.fail("the block must not be entered")
 
 
+def test_a_name_for_all_ops_verifies_nothing_in_rooms_without_it(room):
+    op = room("made_without_verified", library_impl={"verified": "{'sm_90'}"}, reference={})
+    with dispatch.use("triton_impl"):
+        assert dispatch.select(op, X).forward(X) == "reference"
+
+
+def test_a_name_for_all_ops_overrules_no_objection_in_rooms_without_it(room):
+    op = room("made_without_answer", reference={"reason": "not today", "refuses": "True"})
+    with (
+        dispatch.use("triton_impl"),
+        pytest.raises(RuntimeError, match=r"answers this call.*not today"),
+    ):
+        dispatch.select(op, X)
+
+
 @pytest.mark.parametrize("name", ["", "cuda", "Reference", "reference "])
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(ValueError, match="implementation must be one of"), dispatch.use(name):
