@@ -1,5 +1,6 @@
 """A test of the tests: wrong kernels must be caught on every seed, right ones on none."""
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,11 @@ SCALE = HEAD_DIM**-0.5
 # How sharply the softmax selects: scores of ordinary size, large, and nearly equal.
 SHARPNESS = {"ordinary": 1.0, "sharp": 4.0, "flat": 0.1}
 RESOURCE_FAULTS = ("double precision", "registers spilled", "narrow accesses")
+
+launches_on_cpu = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="Triton reaches tensors on the CPU through its interpreter only (TRITON_INTERPRET=1)",
+)
 
 
 def caught(check, *args) -> bool:
@@ -159,6 +165,7 @@ def test_a_right_attention_raises_no_alarm(right):
             judge_attention_backward(right, kind, seed)
 
 
+@launches_on_cpu
 def test_memory_and_order_faults_are_caught(interpreter):
     from tests.kit.faulty_kernels import INSPECTIONS
 
@@ -170,6 +177,7 @@ def test_memory_and_order_faults_are_caught(interpreter):
                 pytest.fail(f"nothing noticed: {fault}", pytrace=False)
 
 
+@launches_on_cpu
 def test_a_right_kernel_passes_the_memory_inspections(interpreter):
     from tests.kit.faulty_kernels import INSPECTIONS
 
