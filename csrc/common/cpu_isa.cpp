@@ -14,7 +14,7 @@ CpuIsa best_of_processor() {
     auto const avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     // every processor with AVX2 has F16C, which this builtin does not know under g++ 11
-    if (avx2 && avx512) return __builtin_cpu_supports("avx512bf16") ? CpuIsa::avx512bf16 : CpuIsa::avx512;
+    if (avx2 && avx512) return CpuIsa::avx512;
     if (avx2) return CpuIsa::avx2;
 #endif
     return CpuIsa::plain;
@@ -24,10 +24,10 @@ CpuIsa allowed() {
     CpuIsa const best = best_of_processor();
     char const* const wish = std::getenv("HUNYUAN_FAST_CPU_ISA");
     if (wish == nullptr || *wish == '\0') return best;
-    for (CpuIsa isa : {CpuIsa::plain, CpuIsa::avx2, CpuIsa::avx512, CpuIsa::avx512bf16}) {
+    for (CpuIsa isa : {CpuIsa::plain, CpuIsa::avx2, CpuIsa::avx512}) {
         if (std::string(wish) == name_of(isa)) return std::min(isa, best);
     }
-    refuse("HUNYUAN_FAST_CPU_ISA must be plain, avx2, avx512 or avx512bf16, got ", wish);
+    refuse("HUNYUAN_FAST_CPU_ISA must be plain, avx2 or avx512, got ", wish);
 }
 
 }  // namespace
@@ -42,7 +42,6 @@ char const* name_of(CpuIsa isa) {
         case CpuIsa::plain: return "plain";
         case CpuIsa::avx2: return "avx2";
         case CpuIsa::avx512: return "avx512";
-        case CpuIsa::avx512bf16: return "avx512bf16";
     }
     return "unknown";
 }

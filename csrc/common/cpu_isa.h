@@ -1,12 +1,11 @@
 // Which vector instructions this processor has, asked at run time: one wheel runs on all of them.
 //
 // A file csrc/<op>/*_avx2.cpp is compiled with -mavx2 -mfma -mf16c, *_avx512.cpp with AVX-512
-// F/BW/VL/DQ besides, *_avx512bf16.cpp with its bfloat16 instructions too; every other file is plain
-// x86-64 (or whatever the machine is). CMake defines HUNYUAN_FAST_X86 when those files are built.
+// F/BW/VL/DQ besides; every other file is plain x86-64 (or whatever the machine is). CMake defines
+// HUNYUAN_FAST_X86 when those files are built.
 //
 //     switch (cpu_isa()) {                      // in a plain file
 //     #ifdef HUNYUAN_FAST_X86
-//         case CpuIsa::avx512bf16:
 //         case CpuIsa::avx512: return forward_avx512(params);
 //         case CpuIsa::avx2: return forward_avx2(params);
 //     #endif
@@ -19,7 +18,7 @@
 
 namespace hunyuan_fast {
 
-enum class CpuIsa { plain, avx2, avx512, avx512bf16 };
+enum class CpuIsa { plain, avx2, avx512 };
 
 // The best one of this processor, found once; HUNYUAN_FAST_CPU_ISA=plain|avx2|avx512 lowers it.
 CpuIsa cpu_isa();

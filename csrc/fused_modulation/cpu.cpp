@@ -16,7 +16,6 @@ constexpr int64_t kColumnsPerPiece = 512;
 CpuKernels const& kernels(DType dtype) {
     switch (cpu_isa()) {
 #ifdef HUNYUAN_FAST_X86
-        case CpuIsa::avx512bf16:
         case CpuIsa::avx512: return avx512_kernels(dtype);
         case CpuIsa::avx2: return avx2_kernels(dtype);
 #endif

@@ -29,11 +29,6 @@ def nvcc() -> str | None:
     )
 
 
-def cuda_sources() -> list[Path]:
-    """Every CUDA source of the repository."""
-    return sorted(ROOT.glob("csrc/*/*.cu"))
-
-
 @cache
 def compile_cuda(source: Path, arch: str) -> tuple[KernelUsage, ...]:
     """Compile one source for ``sm_<arch>`` to machine code and report on each of its kernels.
