@@ -29,9 +29,10 @@ def check_inputs(
                 f"latents must have {axis} a positive multiple of the patch size {patch}, "
                 f"got {axis} = {size}"
             )
-    if text_states.dim() != 3:
+    if text_states.dim() != 3 or text_states.shape[1] == 0:
         raise ValueError(
-            f"text_states must be (B, L, {config.text_states_dim}), got {tuple(text_states.shape)}"
+            f"text_states must be (B, L, {config.text_states_dim}) with L at least 1, "
+            f"got {tuple(text_states.shape)}"
         )
     if config.guidance_embed and guidance is None:
         raise ValueError(
