@@ -191,6 +191,10 @@ def test_language_model_inside_a_whole_llava_is_found(llm: LLMTextEncoder, tmp_p
     assert type(again.model).__name__ == "LlamaModel"
     assert torch.equal(again.encode(PROMPTS)[0], llm.encode(PROMPTS)[0])
 
+    damage_depth(tmp_path / "llava")
+    with pytest.raises(CheckpointError, match=r"the first is language_model\.layers\.3\.input"):
+        LLMTextEncoder.from_pretrained(tmp_path / "llava", tmp_path / "llava", TEMPLATE)
+
 
 def test_round_trip_through_folders(
     llm: LLMTextEncoder, clip: CLIPTextEncoder, tmp_path: Path
@@ -231,6 +235,10 @@ def test_text_model_inside_a_whole_clip_is_found(clip: CLIPTextEncoder, tmp_path
     again = CLIPTextEncoder.from_pretrained(tmp_path / "clip", tmp_path / "clip")
     assert torch.equal(again.encode(PROMPTS), clip.encode(PROMPTS))
 
+    damage_depth(tmp_path / "clip")
+    with pytest.raises(CheckpointError, match=r"the first is encoder\.layers\.\d\."):
+        CLIPTextEncoder.from_pretrained(tmp_path / "clip", tmp_path / "clip")
+
 
 def damage_remove_weight(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
@@ -244,6 +252,15 @@ def damage_remove_weight(folder: Path) -> None:
 def damage_shape(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["intermediate_size"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def damage_depth(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    text = config.get("text_config", config)
+    text["num_hidden_layers"] -= 1
+    if text.get("layer_types"):
+        text["layer_types"].pop()
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -273,6 +290,7 @@ def damage_no_config(folder: Path) -> None:
         (damage_config, "cannot be loaded"),
         (damage_no_weights, "cannot be loaded"),
         (damage_no_config, "config.json: missing"),
+        (damage_depth, "have no place .* the first is layers.3.input_layernorm.weight"),
     ],
 )
 def test_damaged_folder_is_refused(

@@ -1,6 +1,6 @@
 """Strict reading of transformers folders: no download, no pickled code, no missing weight."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ def load_model(path: Path, class_name: str, *, dtype: torch.dtype | None = None)
     """Load a transformers model of the named class from a folder; dtype None keeps the stored one.
 
     Raises ImportError without transformers, and CheckpointError naming the folder when a file is
-    missing or damaged, or the first weight that the files lack.
+    missing or damaged, or the first weight that the files lack or the model has no place for.
+    Other parts in the folder, an image tower or a language model's head, are passed over.
     """
     transformers = _transformers()
     if not (path / "config.json").is_file():
@@ -39,6 +40,11 @@ def load_model(path: Path, class_name: str, *, dtype: torch.dtype | None = None)
             f"{path}: {len(missing)} weights of {type(model).__name__} are missing or have another "
             f"shape, the first is {missing[0]}; the folder is incomplete or of another model"
         )
+    if left_over := _left_over(model, report["unexpected_keys"]):
+        raise CheckpointError(
+            f"{path}: {len(left_over)} weights have no place in the {type(model).__name__} of "
+            f"config.json, the first is {left_over[0]}; config and weights are of different models"
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -57,6 +63,22 @@ def load_tokenizer(path: Path) -> Any:
         )
     except Exception as error:  # transformers and tokenizers share no base class below
         raise CheckpointError(f"{path}: cannot be loaded as a tokenizer ({error})") from error
+
+
+def _left_over(model: Any, keys: Iterable[str]) -> list[str]:
+    """Stored weights that lie in the text model and that its config does not account for."""
+    parent = "language_model." if hasattr(model, "language_model") else ""
+    text_model = model.language_model if parent else model
+    parts = {name for name, _ in text_model.named_children()}
+    # tables that older releases stored and newer ones compute
+    computed = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
+    return sorted(
+        key
+        for key in keys
+        if key.startswith(parent)
+        and key.removeprefix(parent).partition(".")[0] in parts
+        and key.rpartition(".")[2] not in computed
+    )
 
 
 @contextmanager
