@@ -5,7 +5,9 @@ from itertools import product
 
 import numpy as np
 
-SHAPES = ("circle", "square", "triangle", "star")
+# With the reach of each from its centre, in radii.
+REACH = {"circle": 1.0, "square": 0.88, "triangle": 1.1, "star": 1.18}
+SHAPES = tuple(REACH)
 # sRGB; far apart from each other and from every background, so that a checker can tell them.
 COLOURS = {
     "red": (220, 40, 40),
@@ -64,8 +66,13 @@ class Thing:
 
     @property
     def radius(self) -> float:
-        """Half extent, in units of the frame's size."""
+        """In units of the frame's size."""
         return SIZES[self.size] / 96
+
+    @property
+    def reach(self) -> float:
+        """How far the outline goes from the centre, in units of the frame's size."""
+        return self.radius * REACH[self.shape]
 
     @property
     def travel(self) -> tuple[float, float]:
@@ -84,10 +91,10 @@ class Scene:
 
 
 def _place(
-    rng: np.random.Generator, radius: float, travel: tuple[float, float]
+    rng: np.random.Generator, reach: float, travel: tuple[float, float]
 ) -> tuple[float, float]:
     """A start from which the whole path stays inside the frame."""
-    margin = radius + 0.01
+    margin = reach + 0.02
     low = [max(margin, margin - step) for step in travel]
     high = [min(1 - margin, 1 - margin - step) for step in travel]
     return float(rng.uniform(low[0], high[0])), float(rng.uniform(low[1], high[1]))
@@ -103,7 +110,7 @@ def _thing(rng: np.random.Generator, combination: Combination, sizes: tuple[str,
         speed=str(rng.choice(list(SPEEDS))),
         start=(0.0, 0.0),
     )
-    start = _place(rng, draft.radius, draft.travel)
+    start = _place(rng, draft.reach, draft.travel)
     return Thing(**{**draft.__dict__, "start": start})
 
 
@@ -112,7 +119,7 @@ def _apart(first: Thing, second: Thing) -> bool:
     for moment in np.linspace(0, 1, 9):
         dx = first.start[0] + moment * first.travel[0] - second.start[0] - moment * second.travel[0]
         dy = first.start[1] + moment * first.travel[1] - second.start[1] - moment * second.travel[1]
-        if dx * dx + dy * dy < (first.radius + second.radius + 0.02) ** 2:
+        if dx * dx + dy * dy < (first.reach + second.reach + 0.02) ** 2:
             return False
     return True
 
