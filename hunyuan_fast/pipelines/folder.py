@@ -18,10 +18,11 @@ from hunyuan_fast.models.text import (
     installed_template,
 )
 from hunyuan_fast.models.vae.model import HunyuanVideoVAE
-from hunyuan_fast.models.weights import CheckpointError, PipelineFiles, describe
+from hunyuan_fast.models.weights import CheckpointError, Manifest, PipelineFiles, describe, seal
 from hunyuan_fast.models.weights.configs import read_config
 from hunyuan_fast.models.weights.files import read_json
 from hunyuan_fast.models.weights.locate import locate
+from hunyuan_fast.models.weights.manifest import MANIFEST
 from hunyuan_fast.pipelines.inputs import Limits
 from hunyuan_fast.pipelines.settings import GenerationDefaults, PipelineSettings, build
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 PipelineLayout = Literal["native", "diffusers"]
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+SEALED = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 TEMPLATE_FILE = "prompt_template.json"
 RELEASED_SHIFT = 7.0
 
@@ -49,6 +51,9 @@ def load_parts(
     files = describe(path_or_repo)
     place = {part: files.require(part) for part in PARTS}
     settings = read_settings(files)
+    if files.layout == "native":
+        for part in SEALED:
+            _check_seal(place[part])
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     other = side_dtype(dtype, device)
@@ -111,6 +116,7 @@ def read_settings(files: PipelineFiles) -> PipelineSettings:
     installed diffusers, and a shift other than the released one from the folder's scheduler.
     """
     if files.layout == "native":
+        _check_seal(files.root)
         return PipelineSettings.load(files.root)
     shift = None
     if files.scheduler is not None:
@@ -119,6 +125,18 @@ def read_settings(files: PipelineFiles) -> PipelineSettings:
         prompt_template=_read_template(files.root),
         generation=GenerationDefaults(shift=None if shift == RELEASED_SHIFT else shift),
     )
+
+
+def _check_seal(folder: Path) -> None:
+    """Compare a folder with its digests, where it carries any: one put together by hand may not."""
+    if not (folder / MANIFEST).is_file():
+        return
+    try:
+        Manifest(folder).check_files()
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; if you changed the folder on purpose, delete {folder / MANIFEST}"
+        ) from error
 
 
 def _read_template(root: Path) -> PromptTemplate:
@@ -140,12 +158,16 @@ def save_parts(pipeline: HunyuanVideoPipeline, path: Path, layout: PipelineLayou
     partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
+        if layout == "native":
+            pipeline.settings.save(partial)
+            seal(partial)  # the settings only: every part has digests of its own
         pipeline.transformer.save_pretrained(partial / "transformer", layout=layout)
         pipeline.vae.save_pretrained(partial / "vae", layout=layout)
         pipeline.text_encoder.save_pretrained(partial / "text_encoder", partial / "tokenizer")
         pipeline.text_encoder_2.save_pretrained(partial / "text_encoder_2", partial / "tokenizer_2")
         if layout == "native":
-            pipeline.settings.save(partial)
+            for part in SEALED:
+                seal(partial / part)
         else:
             _write_diffusers_index(pipeline, partial)
         partial.replace(path)

@@ -12,7 +12,7 @@ from hunyuan_fast.models import HunyuanVideoTransformer, HunyuanVideoVAE
 from hunyuan_fast.models.vae.checkpoint import config_to_diffusers
 from hunyuan_fast.models.weights import CheckpointError
 from hunyuan_fast.pipelines import HunyuanVideoPipeline
-from hunyuan_fast.pipelines.folder import PARTS
+from hunyuan_fast.pipelines.folder import PARTS, SEALED
 from tests.kit.pipeline import TRANSFORMER, randomize, tiny_pipeline
 from tests.kit.text import TEMPLATE
 
@@ -80,8 +80,36 @@ def test_template_of_another_tokenizer_is_refused(copy: Path) -> None:
     values = json.loads(path.read_text())
     values["prompt_template"]["crop_start"] = 95
     path.write_text(json.dumps(values))
+    (copy / "manifest.json").unlink()
     with pytest.raises(ValueError, match="crop_start must be at most 29"):
         HunyuanVideoPipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_encoder/model.safetensors",
+        "text_encoder_2/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "tokenizer_2/tokenizer_config.json",
+        "hunyuan_fast.json",
+    ],
+)
+def test_flipped_bit_beside_the_models_is_refused(copy: Path, name: str) -> None:
+    path = copy / name
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="wrong digest") as caught:
+        HunyuanVideoPipeline.from_pretrained(copy)
+    assert str(path) in str(caught.value)
+    assert f"delete {path.parent / 'manifest.json'}" in str(caught.value)
+
+
+def test_text_parts_without_digests_are_read(copy: Path) -> None:
+    for folder in (copy, *(copy / part for part in SEALED)):
+        (folder / "manifest.json").unlink()
+    assert HunyuanVideoPipeline.from_pretrained(copy).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
