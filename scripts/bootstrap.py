@@ -1,8 +1,9 @@
 """Sets up ``.venv`` for the Makefile, from a bare Python: environment, torch, the package.
 
 Every step is skipped when what it depends on has not changed, so a second run takes no time.
-Without an NVIDIA GPU torch is pinned to the release whose CPU build the tests run on; with one, the
-torch of the calling Python is used if it knows CUDA, else pip's default build is installed.
+Without an NVIDIA GPU torch is pinned to the release the tests run on, its CPU build where that can
+be had; with one, the torch of the calling Python is used if it knows CUDA, else pip's default build
+is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 STAMP = VENV / "bootstrap.json"
 CPU_TORCH = "torch==2.13.0"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 BUILD_TOOLS = ["setuptools>=77", "wheel", "pybind11>=3.0", "cmake>=3.20", "ninja"]
+
+# Fails unless the environment's own torch is the release of its first argument, any build of it.
+FIND_CPU_TORCH = """
+import importlib.metadata, sys
+wanted = sys.argv[1].partition("==")[2]
+raise SystemExit(importlib.metadata.version("torch").split("+")[0] != wanted)
+"""
 
 # Prints where the torch of the calling Python lives, if it can drive a GPU and is recent enough.
 FIND_CUDA_TORCH = """
@@ -42,7 +51,7 @@ def main() -> None:
             f"this is Python {sys.version.split()[0]}, hunyuan-fast needs 3.10 or later"
         )
 
-    done = json.loads(STAMP.read_text()) if STAMP.is_file() else {}
+    done = read_stamp()
     python = f"{sys.executable} {sys.version}"
     if done.get("python") != python:
         done = {}
@@ -78,9 +87,7 @@ def create_environment() -> None:
 def install_torch() -> str:
     """Put torch into the environment and say where it comes from."""
     if not has_gpu():
-        step(f"no NVIDIA GPU here: installing {CPU_TORCH} (this is the largest download)")
-        pip("install", CPU_TORCH)
-        return CPU_TORCH
+        return install_cpu_torch()
     found = subprocess.run([sys.executable, "-c", FIND_CUDA_TORCH], capture_output=True, text=True)
     site = found.stdout.strip()
     if found.returncode == 0 and site:
@@ -93,6 +100,33 @@ def install_torch() -> str:
     step("NVIDIA GPU: installing the default build of torch (a large download)")
     pip("install", "torch>=2.10")
     return "pip's default build"
+
+
+def install_cpu_torch() -> str:
+    """Put the CPU build into the environment, from pip's indexes or else from PyTorch's own.
+
+    PyPI's build of the same release works too, but carries CUDA libraries of several GB: it comes
+    last. A torch of that release that is already there is kept.
+    """
+    if has_cpu_torch():
+        step(f"no NVIDIA GPU here: {CPU_TORCH} is there already")
+        return f"{CPU_TORCH}, found in the environment"
+    build = f"{CPU_TORCH}+cpu"
+    step(f"no NVIDIA GPU here: installing {build} from pip's indexes (the largest download)")
+    if try_pip("install", build):
+        return build
+    step(f"pip's indexes did not give {build}: trying {CPU_INDEX}")
+    if try_pip("install", build, "--index-url", CPU_INDEX):
+        return f"{build} of {CPU_INDEX}"
+    step(f"{CPU_INDEX} did not give it either: installing {CPU_TORCH}, with its CUDA libraries")
+    pip("install", CPU_TORCH)
+    return CPU_TORCH
+
+
+def has_cpu_torch() -> bool:
+    """True when the environment holds the pinned release."""
+    command = [VENV / "bin/python", "-c", FIND_CPU_TORCH, CPU_TORCH]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def has_gpu() -> bool:
@@ -120,15 +154,39 @@ def fingerprint() -> str:
 def record(done: dict[str, str], key: str, value: str) -> None:
     """Remember a finished step, so that an interrupted setup goes on where it stopped."""
     done[key] = value
-    STAMP.write_text(json.dumps(done, indent=1))
+    partial = STAMP.with_suffix(".part")
+    partial.write_text(json.dumps(done, indent=1))
+    partial.replace(STAMP)
+
+
+def read_stamp() -> dict[str, str]:
+    """The finished steps; none when the stamp is missing or damaged."""
+    try:
+        done = json.loads(STAMP.read_text())
+    except (OSError, ValueError):
+        return {}
+    return done if isinstance(done, dict) else {}
 
 
 def pip(*args: str) -> None:
     """Run the environment's pip; its errors are shown, its progress is not."""
-    command = [VENV / "bin/python", "-m", "pip", "--disable-pip-version-check"]
-    command += [args[0], "--quiet", *args[1:]]
-    if code := subprocess.run(command).returncode:
+    if code := subprocess.run(pip_command(*args)).returncode:
         raise SystemExit(f"pip {' '.join(args)} failed with status {code}; see above")
+
+
+def try_pip(*args: str) -> bool:
+    """Run the environment's pip where another way is left; its last error is shown."""
+    result = subprocess.run(pip_command(*args), stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"pip failed: status {result.returncode}"]
+        print(f"    {lines[-1]}", flush=True)
+    return result.returncode == 0
+
+
+def pip_command(*args: str) -> list[str]:
+    """The environment's pip, quiet."""
+    command = [str(VENV / "bin/python"), "-m", "pip", "--disable-pip-version-check"]
+    return [*command, args[0], "--quiet", *args[1:]]
 
 
 def step(text: str) -> None:

@@ -35,7 +35,9 @@ def bootstrap(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "STAMP", tmp_path / ".venv/bootstrap.json")
     monkeypatch.setattr(module, "create_environment", create_environment)
     monkeypatch.setattr(module, "has_gpu", lambda: False)
+    monkeypatch.setattr(module, "has_cpu_torch", lambda: False)
     monkeypatch.setattr(module, "pip", lambda *args: module.calls.append(args))
+    monkeypatch.setattr(module, "try_pip", lambda *args: module.calls.append(args) or True)
     return module
 
 
@@ -49,12 +51,38 @@ def run(bootstrap, monkeypatch, *args: str) -> list[object]:
 def test_the_first_run_does_everything_and_the_second_nothing(bootstrap, monkeypatch, capsys):
     create, torch, tools, package = run(bootstrap, monkeypatch)
     assert create == "create"
-    assert torch == ("install", "torch==2.13.0")
+    assert torch == ("install", "torch==2.13.0+cpu")
     assert TOOLS in tools
     assert package[-2:] == ("--editable", str(bootstrap.ROOT))
     assert len(capsys.readouterr().out.splitlines()) == 4
 
     assert run(bootstrap, monkeypatch) == []
+
+
+def test_indexes_without_the_cpu_build_are_passed_over(bootstrap, monkeypatch, capsys):
+    monkeypatch.setattr(bootstrap, "try_pip", lambda *args: bootstrap.calls.append(args))
+    _, *tries, _, _ = run(bootstrap, monkeypatch)
+    url = "https://download.pytorch.org/whl/cpu"
+    assert tries == [
+        ("install", "torch==2.13.0+cpu"),
+        ("install", "torch==2.13.0+cpu", "--index-url", url),
+        ("install", "torch==2.13.0"),
+    ]
+    assert capsys.readouterr().out.count(f"trying {url}") == 1
+    assert run(bootstrap, monkeypatch) == []
+
+
+def test_a_suitable_torch_is_kept(bootstrap, monkeypatch):
+    monkeypatch.setattr(bootstrap, "has_cpu_torch", lambda: True)
+    assert not [call for call in run(bootstrap, monkeypatch) if "torch==" in str(call)]
+
+
+@pytest.mark.parametrize("text", ["", '{"python": ', "[]", "\xff"])
+def test_a_broken_stamp_starts_over(bootstrap, monkeypatch, text):
+    run(bootstrap, monkeypatch)
+    bootstrap.STAMP.write_bytes(text.encode("latin-1"))
+    assert run(bootstrap, monkeypatch)[0] == "create"
+    assert sorted(path.name for path in bootstrap.VENV.iterdir()) == ["bootstrap.json"]
 
 
 def test_the_extra_is_added_once_and_not_taken_away(bootstrap, monkeypatch):
@@ -110,7 +138,7 @@ def test_a_gpu_with_torch_keeps_it(bootstrap, monkeypatch, tmp_path):
     monkeypatch.setattr(bootstrap, "FIND_CUDA_TORCH", "print('/opt/torch/site-packages')")
     monkeypatch.setattr(subprocess, "check_output", lambda *args, **options: f"{tmp_path}\n")
     calls = run(bootstrap, monkeypatch)
-    assert not [call for call in calls if "torch>=2.10" in call or "torch==2.13.0" in call]
+    assert not [call for call in calls if "torch>=2.10" in call or "torch==" in str(call)]
     link = tmp_path / "torch_of_the_system.pth"
     assert link.read_text() == "/opt/torch/site-packages\n"
 
