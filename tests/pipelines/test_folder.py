@@ -106,6 +106,12 @@ def test_flipped_bit_beside_the_models_is_refused(copy: Path, name: str) -> None
     assert f"delete {path.parent / 'manifest.json'}" in str(caught.value)
 
 
+def test_missing_settings_are_named(copy: Path) -> None:
+    (copy / "hunyuan_fast.json").unlink()
+    with pytest.raises(CheckpointError, match=r"a pipeline without its hunyuan_fast\.json"):
+        HunyuanVideoPipeline.from_pretrained(copy)
+
+
 def test_text_parts_without_digests_are_read(copy: Path) -> None:
     for folder in (copy, *(copy / part for part in SEALED)):
         (folder / "manifest.json").unlink()
