@@ -140,7 +140,9 @@ def _not_a_pipeline(root: Path) -> str:
         return f"{root}: the folder is empty; download or convert a model into it"
     advice = "name the folder that holds the whole pipeline"
     if {"transformer", "vae"} <= set(present):
-        advice = f"a pipeline without its {SETTINGS} or model_index.json; copy the whole folder again"
+        advice = (
+            f"a pipeline without its {SETTINGS} or model_index.json; copy the whole folder again"
+        )
     elif component_layout(root) is not None:
         advice = f"this is one model of a pipeline; name the folder above it, {root.parent}"
     elif (root / "transformers").is_dir() and root.name == OFFICIAL_ROOT:
