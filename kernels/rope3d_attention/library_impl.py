@@ -1,7 +1,7 @@
 """Attention by the kernels that come with torch: its CPU flash kernel, and FlashAttention on CUDA.
 
-Neither needs a mask. On the CPU each sample is a slice of its own valid prefix (one call for the
-whole batch when the prefixes agree): less arithmetic than a masked call, and padding is never read.
+Neither needs a mask. On the CPU neighbours of one length share a call on their valid prefix: less
+arithmetic than a masked call, and padding is never read. Sort a batch by length to make few calls.
 On CUDA each sample becomes two sequences of the variable-length kernel, its prefix and its padding,
 so that the host need not know the lengths and nothing is gathered; the padding's own results are
 then replaced by zeros. Both return the log-sum-exp that the backward kernel reads.
@@ -9,6 +9,8 @@ then replaced by zeros. Both return the log-sum-exp that the backward kernel rea
 In half precision the CPU kernel rounds dk and dv after every block of queries (FlashAttention sums
 them in fp32): at 200 tokens they are 1.45 times as far off, at 600 tokens 1.75 times.
 """
+
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -70,9 +72,13 @@ def backward(
 def _prefixes(kv_len: Tensor | None, batch: int, length: int) -> list[tuple[slice, int]]:
     """Slices of the batch and the number of valid tokens that each of them shares."""
     lengths = [length] * batch if kv_len is None else kv_len.tolist()
-    if len(set(lengths)) == 1:
-        return [(slice(0, batch), lengths[0])]
-    return [(slice(item, item + 1), valid) for item, valid in enumerate(lengths)]
+    slices: list[tuple[slice, int]] = []
+    first = 0
+    for valid, run in groupby(lengths):
+        after = first + len(list(run))
+        slices.append((slice(first, after), valid))
+        first = after
+    return slices
 
 
 def _forward_cpu(

@@ -20,8 +20,8 @@ ROOM = "rope3d_attention"
 IMPLEMENTATIONS = tuple(implementations(ROOM))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUM_VIDEO, NUM_TEXT = 33, 16
-# Batches of 1 to 3 samples; each entry is the number of valid text tokens.
-TEXT_LENGTHS = [(0,), (1,), (16,), (9, 9), (0, 16), (1, 7), (0, 1, 16), (16, 16, 16), (5, 0, 11)]
+# Batches of 1 to 5 samples, neighbours alike or not; each entry is the number of valid text tokens.
+TEXT_LENGTHS = [(0,), (16,), (9, 9), (0, 16), (1, 7), (0, 1, 16), (16, 16, 16), (5, 5, 0, 0, 1)]
 
 each_implementation = pytest.mark.parametrize("name", IMPLEMENTATIONS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

@@ -51,10 +51,10 @@ class NanoRecipe:
     num_clips: int = 6144
     num_images: int = 8192
     llm_steps: int = 300
-    clip_steps: int = 400
-    dit_image_steps: int = 3000
-    dit_clip_steps: int = 4500
-    guidance_steps: int = 300
+    clip_steps: int = 1200
+    dit_image_steps: int = 2500
+    dit_clip_steps: int = 4300
+    guidance_steps: int = 500
     text_batch: int = 128
     trial_prompts: int = 72
     save_every: int = 250
