@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from hunyuan_fast.data.video import read_metadata, read_video
-from hunyuan_fast.models.weights.hub import ASSETS
 
 PROMPT = "a red circle moving right"
 
@@ -35,7 +34,6 @@ def test_as_a_user_does(run_program, model: Path, tmp_path: Path) -> None:
     assert "out.mp4  32x32, 5 frames, 8 fps" in done.out
 
 
-@pytest.mark.skipif(not (ASSETS / "nano").is_dir(), reason="the embedded model is not here")
 def test_the_embedded_model(run_program, tmp_path: Path) -> None:
     done = run_program("generate", PROMPT, "-o", "out.mp4")
     assert done.status == 0, done.err

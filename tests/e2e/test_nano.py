@@ -21,9 +21,6 @@ from hunyuan_fast.trainer.nano.evaluate import (
 NANO = ASSETS / "nano"
 NUM_PROMPTS = 72
 
-pytestmark = pytest.mark.skipif(not NANO.is_dir(), reason="the embedded model is not here")
-
-
 @pytest.fixture(scope="module")
 def pipe():
     return HunyuanVideoPipeline.from_pretrained("nano")

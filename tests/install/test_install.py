@@ -121,7 +121,8 @@ def test_the_wheel_holds_the_package_and_no_other_name(wheel, checkout):
     sources = [*checkout.glob("kernels/**/*.py"), *checkout.glob("hunyuan_fast/**/*.py")]
     needed = {str(path.relative_to(checkout)) for path in sources}
     needed = {f"hunyuan_fast/{name}" if name.startswith("kernels/") else name for name in needed}
-    assets = (path for path in checkout.glob("hunyuan_fast/assets/**/*") if path.is_file())
+    assets = {path for path in checkout.glob("hunyuan_fast/assets/nano/**/*") if path.is_file()}
+    assert sum(path.suffix == ".safetensors" for path in assets) == 4  # one per part of the model
     needed |= {str(path.relative_to(checkout)) for path in assets} | {"hunyuan_fast/py.typed"}
     assert needed - names == set()
 
@@ -135,6 +136,10 @@ def test_the_wheel_works_in_a_clean_environment(wheel, borrowed, tmp_path):
     assert "not built" not in result.stderr
     assert "generate" in env.command("hunyuan-fast", "--help")
     assert "generate" in env.command("python", "-m", "hunyuan_fast", "--help")
+
+    video = tmp_path / "out.mp4"
+    env.command("hunyuan-fast", "generate", "a red circle moving right", "-o", video, "--steps", 2)
+    assert video.stat().st_size > 1000
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
