@@ -176,7 +176,13 @@ def test_a_signal_leaves_nothing(
     """Ctrl-C, or a kind kill, in the middle of sampling."""
     words = ["generate", PROMPT, "--model", str(model), "--steps", "1000", "-o", "new/out.mp4"]
     process = subprocess.Popen(
-        [*command, *words], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        [*command, *words],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # where the tests themselves run in the background of a shell, children would ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     for line in process.stderr:
