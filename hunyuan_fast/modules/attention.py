@@ -1,9 +1,8 @@
-"""Self-attention as the blocks use it: packed projections in, joined heads out."""
+"""Self-attention as the blocks use it: packed projections or heads in, joined heads out."""
 
 from torch import Tensor
 
-from hunyuan_fast.modules.rotary import Tables
-from hunyuan_fast.ops.rope3d_attention import attention, rope3d_attention
+from hunyuan_fast.ops.rope3d_attention import attention
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -16,20 +15,13 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def self_attention(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, rotary: Tables | None = None
-) -> Tensor:
-    """Attention of each sample over its valid prefix, video tokens rotated to their positions.
+def attend(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor) -> Tensor:
+    """Attention of each sample over its valid prefix.
 
     q, k, v: (B, L, N, D), video tokens before text tokens
     kv_len: (B,), valid tokens of each sample
-    rotary: cos and sin, each (L_video, D); None leaves every token unrotated
     returns: (B, L, N * D), zero in the rows from kv_len on
     """
-    if rotary is None:
-        joined = attention(q, k, v, kv_len=kv_len)
-    else:
-        cos, sin = rotary
-        joined = rope3d_attention(q, k, v, cos, sin, num_video_tokens=cos.shape[0], kv_len=kv_len)
+    joined = attention(q, k, v, kv_len=kv_len)
     assert isinstance(joined, Tensor), "the log-sum-exp was not asked for"
     return joined.flatten(2)

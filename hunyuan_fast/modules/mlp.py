@@ -1,24 +1,35 @@
 """The feed-forward networks: two linear layers with an activation between them."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
+
+from hunyuan_fast.ops.gelu_tanh import gelu_tanh
 
 
 class MLP(nn.Module):
     """Linear, activation, linear.
 
     x: (..., E)    returns: (..., E)
+
+    ``activation`` may write to its argument when no gradient is asked for.
     """
 
-    def __init__(self, dim: int, width: int, activation: nn.Module) -> None:
+    def __init__(self, dim: int, width: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, width)
-        self.act = activation
+        self.activation = activation
         self.fc2 = nn.Linear(width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, in place when no gradient is asked for."""
+    return gelu_tanh(x) if torch.is_grad_enabled() else gelu_tanh(x, out=x)
 
 
 class EmbeddingMLP(nn.Sequential):

@@ -1,6 +1,5 @@
 """Adaptive layer norm: shifts, scales and gates made from the conditioning vector."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,11 +19,3 @@ class Modulation(nn.Module):
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
         return self.linear(F.silu(vec)).chunk(self.num_vectors, dim=-1)
-
-
-def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """The residual sum ``x + gate * y``, one gate vector per sample.
-
-    x, y: (B, L, E)    gate: (B, E)    returns: (B, L, E)
-    """
-    return torch.addcmul(x, y, gate.unsqueeze(1))

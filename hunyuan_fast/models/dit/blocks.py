@@ -3,12 +3,19 @@
 import torch
 from torch import Tensor, nn
 
-from hunyuan_fast.modules.attention import self_attention, split_heads
-from hunyuan_fast.modules.mlp import MLP
-from hunyuan_fast.modules.modulation import Modulation, gate_residual
+from hunyuan_fast.modules.attention import attend
+from hunyuan_fast.modules.mlp import MLP, gelu
+from hunyuan_fast.modules.modulation import Modulation
 from hunyuan_fast.modules.norm import RMSNorm
 from hunyuan_fast.modules.rotary import Tables
-from hunyuan_fast.ops.fused_modulation import layer_norm_modulate
+from hunyuan_fast.ops.fused_modulation import (
+    gate_residual,
+    gate_residual_layer_norm_modulate,
+    layer_norm_modulate,
+)
+from hunyuan_fast.ops.gelu_tanh import concat_gelu_tanh, gelu_tanh
+from hunyuan_fast.ops.qk_norm_rope import qk_norm_rope
+from hunyuan_fast.ops.rope3d_attention import attention
 
 STREAMS = ("img", "txt")
 
@@ -36,7 +43,7 @@ class DoubleStreamBlock(nn.Module):
                 "attn_q_norm": RMSNorm(dim // num_heads),
                 "attn_k_norm": RMSNorm(dim // num_heads),
                 "attn_proj": nn.Linear(dim, dim),
-                "mlp": MLP(dim, mlp_width, nn.GELU(approximate="tanh")),
+                "mlp": MLP(dim, mlp_width, gelu),
             }
             for name, layer in layers.items():
                 self.add_module(f"{stream}_{name}", layer)
@@ -49,9 +56,23 @@ class DoubleStreamBlock(nn.Module):
         vectors = {stream: self._layer(stream, "mod")(vec) for stream in STREAMS}
 
         # attention over both streams, video first
-        heads = [self._project(stream, streams[stream], *vectors[stream][:2]) for stream in STREAMS]
-        q, k, v = (torch.cat(parts, dim=1) for parts in zip(*heads, strict=True))
-        attended = self_attention(q, k, v, kv_len, rotary)
+        packed = {
+            stream: self._layer(stream, "attn_qkv")(
+                layer_norm_modulate(streams[stream], *vectors[stream][:2])
+            )
+            for stream in STREAMS
+        }
+        text_norms = self._norms("txt")
+        q, k, v = qk_norm_rope(
+            packed["img"],
+            *self._norms("img"),
+            *rotary,
+            num_heads=self.num_heads,
+            text_qkv=packed["txt"],
+            text_q_weight=text_norms[0],
+            text_k_weight=text_norms[1],
+        )
+        attended = attend(q, k, v, kv_len)
 
         # each stream goes on alone
         img = self._finish("img", img, attended[:, :num_video], *vectors["img"][2:])
@@ -61,13 +82,11 @@ class DoubleStreamBlock(nn.Module):
     def _layer(self, stream: str, name: str) -> nn.Module:
         return getattr(self, f"{stream}_{name}")
 
-    def _project(
-        self, stream: str, x: Tensor, shift: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised queries and keys, and values, of one stream: (B, L, N, D) each."""
-        qkv = self._layer(stream, "attn_qkv")(layer_norm_modulate(x, shift, scale))
-        q, k, v = split_heads(qkv, self.num_heads)
-        return self._layer(stream, "attn_q_norm")(q), self._layer(stream, "attn_k_norm")(k), v
+    def _norms(self, stream: str) -> tuple[Tensor, Tensor]:
+        """The weights of the norms of queries and keys."""
+        names = ("attn_q_norm", "attn_k_norm")
+        q_weight, k_weight = (self._layer(stream, name).get_parameter("weight") for name in names)
+        return q_weight, k_weight
 
     def _finish(
         self,
@@ -80,10 +99,9 @@ class DoubleStreamBlock(nn.Module):
         gate2: Tensor,
     ) -> Tensor:
         """The residual sums of attention and of the network that follows it, for one stream."""
-        x = gate_residual(x, self._layer(stream, "attn_proj")(attended), gate1)
-        return gate_residual(
-            x, self._layer(stream, "mlp")(layer_norm_modulate(x, shift2, scale2)), gate2
-        )
+        projected = self._layer(stream, "attn_proj")(attended)
+        x, modulated = gate_residual_layer_norm_modulate(x, projected, gate1, shift2, scale2)
+        return gate_residual(x, self._layer(stream, "mlp")(modulated), gate2)
 
 
 class SingleStreamBlock(nn.Module):
@@ -106,19 +124,27 @@ class SingleStreamBlock(nn.Module):
         self.linear2 = nn.Linear(dim + mlp_width, dim)
         self.q_norm = RMSNorm(dim // num_heads)
         self.k_norm = RMSNorm(dim // num_heads)
-        self.mlp_act = nn.GELU(approximate="tanh")
         self.modulation = Modulation(dim, 3)
 
     def forward(self, x: Tensor, vec: Tensor, rotary: Tables, kv_len: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(vec)
-        qkv, mlp = self.linear1(layer_norm_modulate(x, shift, scale)).split(self.widths, dim=-1)
-
-        q, k, v = split_heads(qkv, self.num_heads)
-        attended = self_attention(self.q_norm(q), self.k_norm(k), v, kv_len, rotary)
-
-        return gate_residual(
-            x, self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1)), gate
+        packed = self.linear1(layer_norm_modulate(x, shift, scale))
+        qkv, hidden = packed.split(self.widths, dim=-1)
+        q, k, v = qk_norm_rope(
+            qkv, self.q_norm.weight, self.k_norm.weight, *rotary, num_heads=self.num_heads
         )
+        return gate_residual(x, self.linear2(self._join(q, k, v, kv_len, hidden)), gate)
+
+    def _join(self, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, hidden: Tensor) -> Tensor:
+        """What attention gives, and beside it the activated features: (B, L, E + mlp_width)."""
+        if torch.is_grad_enabled():
+            return concat_gelu_tanh(attend(q, k, v, kv_len), hidden)
+        # without gradients both write to their place, and nothing is copied
+        dim = self.widths[0] // 3
+        joined = q.new_empty(*q.shape[:2], dim + self.widths[1])
+        attention(q, k, v, kv_len=kv_len, out=joined[..., :dim].unflatten(-1, (self.num_heads, -1)))
+        gelu_tanh(hidden, out=joined[..., dim:])
+        return joined
 
 
 class FinalLayer(nn.Module):

@@ -2,11 +2,12 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from hunyuan_fast.modules.attention import self_attention, split_heads
+from hunyuan_fast.modules.attention import attend, split_heads
 from hunyuan_fast.modules.embedding import TimestepEmbedder
 from hunyuan_fast.modules.mlp import MLP, EmbeddingMLP
-from hunyuan_fast.modules.modulation import gate_residual
+from hunyuan_fast.ops.fused_modulation import gate_residual
 
 DEPTH = 2
 MLP_WIDTH_RATIO = 4
@@ -25,14 +26,14 @@ class RefinerBlock(nn.Module):
         self.self_attn_qkv = nn.Linear(dim, 3 * dim)
         self.self_attn_proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, MLP_WIDTH_RATIO * dim, nn.SiLU())
+        self.mlp = MLP(dim, MLP_WIDTH_RATIO * dim, F.silu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, condition: Tensor, text_len: Tensor) -> Tensor:
         attention_gate, mlp_gate = self.adaLN_modulation(condition).chunk(2, dim=-1)
 
         q, k, v = split_heads(self.self_attn_qkv(self.norm1(x)), self.num_heads)
-        attended = self.self_attn_proj(self_attention(q, k, v, text_len))
+        attended = self.self_attn_proj(attend(q, k, v, text_len))
         x = gate_residual(x, attended, attention_gate)
 
         return gate_residual(x, self.mlp(self.norm2(x)), mlp_gate)
