@@ -149,7 +149,7 @@ def _differentiate(function, call: Call, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def assert_right(actual: Sequence[Tensor], call: Call) -> None:
-    """Tier A for q and k, v copied, plain torch's error twice over for the gradients."""
+    """Tier A, v copied, and for the gradients plain torch's error twice over as well."""
     exact, single = plain(call, torch.float64), plain(call, torch.float32)
     same = plain(call, call.qkv.dtype)
     actual = [t.cpu() for t in actual]
@@ -157,7 +157,13 @@ def assert_right(actual: Sequence[Tensor], call: Call) -> None:
         assert_rounded_once(actual[index], exact[index], single[index], name=OUTPUTS[index])
     assert_equal(actual[2], same[2], name="v")
     for index in range(3, len(call.names)):
-        assert_as_good_as(actual[index], exact[index], same[index], name=call.names[index])
+        # The worst of a few errors, as a short weight has, is no yardstick: it may be zero by luck.
+        factor = 2.0 if exact[index].numel() >= 64 else 4.0
+        assert_as_good_as(
+            actual[index], exact[index], same[index], name=call.names[index], factor=factor
+        )
+        if actual[index].dim() > 1:
+            assert_rounded_once(actual[index], exact[index], single[index], name=call.names[index])
 
 
 def answering_on_cpu(interpreted: bool) -> tuple[str, ...]:
