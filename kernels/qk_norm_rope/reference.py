@@ -46,12 +46,13 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of the joint sequence, each (B, L, N, D)."""
-    tables = _tables(cos, sin, qkv.dtype)
-    streams = [_stream(qkv, q_weight, k_weight, tables, num_heads, eps)]
-    if text_qkv is not None:
-        assert text_q_weight is not None and text_k_weight is not None
-        streams.append(_stream(text_qkv, text_q_weight, text_k_weight, None, num_heads, eps))
-    q, k, v = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
+    with _no_autocast(qkv):
+        tables = _tables(cos, sin, qkv.dtype)
+        streams = [_stream(qkv, q_weight, k_weight, tables, num_heads, eps)]
+        if text_qkv is not None:
+            assert text_q_weight is not None and text_k_weight is not None
+            streams.append(_stream(text_qkv, text_q_weight, text_k_weight, None, num_heads, eps))
+        q, k, v = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
     return q, k, v
 
 
@@ -71,18 +72,19 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """dqkv (B, L, 3ND), dtext_qkv like text_qkv, and the gradients of the weights, (2 or 4, D)."""
-    length = qkv.shape[1]
-    tables = _tables(cos, -sin, qkv.dtype)  # back by the same angles
-    gradients = [d[:, :length] for d in (dq, dk, dv)]
-    dqkv, *dweights = _stream_backward(gradients, qkv, q_weight, k_weight, tables, num_heads, eps)
-    if text_qkv is None:
-        return dqkv, None, torch.stack(dweights)
-    assert text_q_weight is not None and text_k_weight is not None
-    gradients = [d[:, length:] for d in (dq, dk, dv)]
-    dtext_qkv, *dtext_weights = _stream_backward(
-        gradients, text_qkv, text_q_weight, text_k_weight, None, num_heads, eps
-    )
-    return dqkv, dtext_qkv, torch.stack([*dweights, *dtext_weights])
+    heads, length = (dq, dk, dv), qkv.shape[1]
+    with _no_autocast(qkv):
+        tables = _tables(cos, -sin, qkv.dtype)  # back by the same angles
+        video = [d[:, :length] for d in heads]
+        dqkv, *dweights = _stream_backward(video, qkv, q_weight, k_weight, tables, num_heads, eps)
+        if text_qkv is None:
+            return dqkv, None, torch.stack(dweights)
+        assert text_q_weight is not None and text_k_weight is not None
+        text = [d[:, length:] for d in heads]
+        dtext_qkv, *dtext_weights = _stream_backward(
+            text, text_qkv, text_q_weight, text_k_weight, None, num_heads, eps
+        )
+        return dqkv, dtext_qkv, torch.stack([*dweights, *dtext_weights])
 
 
 def _stream(
@@ -142,6 +144,11 @@ def _tables(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tables:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     cos, sin = (table[:, None, 0::2].to(wide) for table in (cos, sin))
     return cos, sin
+
+
+def _no_autocast(qkv: Tensor) -> torch.autocast:
+    """Inside of an autocast to bf16, torch.cat refuses tensors of fp16."""
+    return torch.autocast(qkv.device.type, enabled=False)
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from tests.ops.qk_norm_rope_cases import (
 ON_CPU = answering_on_cpu(os.environ.get("TRITON_INTERPRET") == "1")
 FAST = [name for name in ON_CPU if name != "triton_impl"]
 # Heads of every length modulo the vector widths; 128 is the model's, 64 the miniature's.
-HEAD_DIMS = (2, 6, 20, 64, 80, 96, 128, 250, 256, 512)
+HEAD_DIMS = (2, 6, 64, 80, 96, 128, 250, 512)
 
 each_implementation = pytest.mark.parametrize("name", ON_CPU)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -141,7 +141,8 @@ def test_without_rows_of_one_kind_or_any(name, sizes, generator):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @each_implementation
 def test_layouts_do_not_matter(name, layout, generator):
-    call = draw_call(generator, heads=2, head_dim=20, dtype=torch.bfloat16)
+    sizes = {"video": 3, "text": 2, "head_dim": 20}
+    call = draw_call(generator, dtype=torch.bfloat16, **sizes)
     qkv, q_weight, k_weight, text_qkv, *text_weights = call.leaves
     other = LAYOUTS[(LAYOUTS.index(layout) + 1) % len(LAYOUTS)]
     awkward = replace(
@@ -191,7 +192,7 @@ def test_last_dimension_may_be_strided(name, generator):
 
 @each_implementation
 def test_only_the_even_features_of_the_tables_are_read(name, generator):
-    call = draw_call(generator, head_dim=8)
+    call = draw_call(generator, batch=1, heads=1, head_dim=8)
     tables = [table.clone() for table in call.tables]
     for table in tables:
         table[:, 1::2] = torch.nan
@@ -241,12 +242,13 @@ def test_weights_of_another_dtype_are_read_exactly(name, weight_dtype, dtype, ge
 @pytest.mark.parametrize("feature", [6, 7])
 @each_implementation
 def test_a_bad_row_stays_alone(name, feature, value, generator):
-    for row in (1, 6):  # video, text
-        call = draw_call(generator, streams=1, head_dim=20, dtype=torch.bfloat16)
+    sizes = {"video": 3, "text": 2, "head_dim": 20, "dtype": torch.bfloat16}
+    for row in (1, 4):  # video, text
+        call = draw_call(generator, streams=1, **sizes)
         clean = run(name, call)
         call.qkv[1, row, feature] = value
         results = run(name, call)
-        bad = torch.zeros(2, 8, dtype=torch.bool)
+        bad = torch.zeros(2, 5, dtype=torch.bool)
         bad[1, row] = True
         for index in range(4):
             assert_equal(results[index][~bad], clean[index][~bad])
