@@ -49,7 +49,8 @@ def forward(
     if text_qkv is not None:
         length += text_qkv.shape[1]
     shape = (batch, length, num_heads, q_weight.shape[0])
-    q, k, v = (torch.empty(shape, dtype=qkv.dtype) for _ in range(3))
+    q = torch.empty(shape, dtype=qkv.dtype)
+    k, v = torch.empty_like(q), torch.empty_like(q)
     if q.numel():
         _C.qk_norm_rope_forward_cpu(
             _rows(qkv),
