@@ -10,7 +10,8 @@ from torch import Tensor
 FORWARD, TRAINING = "forward", "forward+backward"
 PASSES = (FORWARD, TRAINING)
 
-Call = Callable[..., Tensor]
+# An op returns a tensor, or a tuple of them.
+Call = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 class Unavailable(Exception):
@@ -36,6 +37,11 @@ class Peer:
     name: str
     build: Callable[[], Call]
     context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a call returned, in a tuple also when it is one tensor."""
+    return result if isinstance(result, tuple) else (result,)
 
 
 def whole(x: Tensor) -> Tensor:

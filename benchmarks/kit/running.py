@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
-from benchmarks.kit.case import FORWARD, Call, Case
+from benchmarks.kit.case import FORWARD, Call, Case, outputs
 from benchmarks.kit.clock import Clock
 from benchmarks.kit.contenders import Contender
 
@@ -30,11 +30,11 @@ class Inputs:
         first = case.inputs(generator)
         self.sets = [first, *(_copy(first) for _ in range(copies - 1))]
         with torch.no_grad():
-            out = case.call(*first)
+            outs = outputs(case.call(*first))
         # Nobody has to agree on gradients of what is not meaningful, so none come in there.
-        noise = torch.randn(out.shape, generator=generator, device=device).to(out.dtype)
-        dout = case.meaningful(noise)
-        self.gradients = [dout, *(dout.clone() for _ in range(copies - 1))]
+        noise = (torch.randn(out.shape, generator=generator, device=device) for out in outs)
+        douts = tuple(case.meaningful(x.to(outs[0].dtype)) for x in noise)
+        self.gradients = [douts, *(tuple(d.clone() for d in douts) for _ in range(copies - 1))]
 
 
 class Bound:
@@ -48,12 +48,16 @@ class Bound:
     def __call__(self) -> tuple[Tensor, ...]:
         return self._run(*next(self._sets))
 
-    def _forward(self, tensors: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:
-        return (self._call(*tensors),)
+    def _forward(
+        self, tensors: tuple[Tensor, ...], douts: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        return outputs(self._call(*tensors))
 
-    def _training(self, tensors: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:
+    def _training(
+        self, tensors: tuple[Tensor, ...], douts: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         leaves = [tensor for tensor in tensors if tensor.requires_grad]
-        return torch.autograd.grad(self._call(*tensors), leaves, dout)
+        return torch.autograd.grad(outputs(self._call(*tensors)), leaves, douts)
 
 
 def context_of(contender: Contender, what: str) -> Callable[[], AbstractContextManager[object]]:

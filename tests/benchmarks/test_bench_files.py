@@ -6,7 +6,7 @@ import torch
 from benchmarks import shapes
 from benchmarks.bench_fused_modulation import _case as modulation_case
 from benchmarks.bench_rope3d_attention import _work as attention_work
-from benchmarks.kit.case import FORWARD, PASSES, TRAINING
+from benchmarks.kit.case import FORWARD, PASSES, TRAINING, outputs
 from benchmarks.kit.discover import load, ops
 from hunyuan_fast import dispatch
 
@@ -47,7 +47,9 @@ def test_a_quick_case_draws_what_the_op_takes(op):
         assert list(inputs[0].shape) == list(case.shape.values())
         assert None in dispatch.explain(op, *case.arguments(*inputs)).values()
         with torch.no_grad():
-            assert case.call(*inputs).shape == inputs[0].shape
+            results = outputs(case.call(*inputs))
+        assert all(x.dtype == case.dtype for x in results)
+        assert all(len(x) == len(inputs[0]) for x in results)
 
 
 @pytest.mark.gpu
