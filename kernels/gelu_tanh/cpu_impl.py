@@ -45,9 +45,11 @@ def backward(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _forward_empty(x: Tensor, left: Tensor | None, out: Tensor | None) -> Tensor:
-    if left is not None:
-        return torch.cat((left, x), dim=-1)
-    return _new(x) if out is None else out
+    if left is None:
+        return _new(x) if out is None else out
+    y = x.new_empty((*x.shape[:-1], left.shape[-1] + x.shape[-1]))
+    y[..., : left.shape[-1]] = left
+    return y
 
 
 def _new(x: Tensor) -> Tensor:

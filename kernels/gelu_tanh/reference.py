@@ -28,7 +28,13 @@ def forward(x: Tensor, left: Tensor | None = None, out: Tensor | None = None) ->
     y = (wide.clamp_min(-_BOUND) * torch.sigmoid(_logit(wide))).to(x.dtype)
     if out is not None:
         return out.copy_(y)
-    return y.contiguous() if left is None else torch.cat((left, y), dim=-1)
+    if left is None:
+        return y.contiguous()
+    # autocast would meddle with torch.cat
+    whole = x.new_empty((*x.shape[:-1], left.shape[-1] + x.shape[-1]))
+    whole[..., : left.shape[-1]] = left
+    whole[..., left.shape[-1] :] = y
+    return whole
 
 
 def backward(dy: Tensor, x: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from tests.kit.numerics import assert_rounded_once
 from tests.ops.test_gelu_tanh import QUICK, each_quick_implementation, plain, run
 
 SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+# Below it 1 + exp(-t) is infinite in fp32, and y zero; the derivative is up to 300 times as large.
+SMALLEST_Y, SMALLEST_SLOPE = 2.0**-124, 2.0**-116
 SEEDS = range(20)
 
 
@@ -43,7 +45,7 @@ def test_every_number_of_16_bits(name, dtype):
         other = got != nearest
         assert other.double().mean() < 2e-3
         ulp = torch.nextafter(nearest.abs(), torch.full_like(got, torch.inf)) - nearest.abs()
-        assert ((got - nearest).abs() <= ulp).all()
+        assert ((got - nearest).abs() <= ulp.float() + SMALLEST_SLOPE).all()
 
 
 def numbers(bits_apart: int) -> Tensor:
@@ -60,8 +62,8 @@ def test_relative_error_of_single_precision(name):
     y, _ = run(name, x, torch.ones_like(x))
     truth, _, t = exact(x)
     error = (y.double() - truth).abs()
-    # t is of three roundings, the exponential and the quotient of some two units; subnormals of one
-    allowed = 2.0**-24 * (3.0 * t.clamp(max=0).abs() + 2.5) * truth.abs() + 2.0**-149
+    # t takes four roundings, the exponential and the quotient three
+    allowed = 2.0**-24 * (4 * t.clamp(max=0).abs() + 3) * truth.abs() + SMALLEST_Y
     assert (error <= allowed).all(), (error / allowed).max()
 
 
@@ -74,7 +76,7 @@ def test_error_of_the_derivative_in_single_precision(name):
     assert error.max() <= 3 * 2.0**-23
     # beyond the zero of the derivative nothing cancels any more
     far = x < -2
-    allowed = 2.0**-24 * (4.0 * t.abs() + 8) * truth.abs() + 2.0**-147
+    allowed = 2.0**-24 * (4 * t.abs() + 8) * truth.abs() + SMALLEST_SLOPE
     assert (error <= allowed)[far].all(), (error / allowed)[far].max()
     assert (dx[x <= -12] == 0).all() and (dx[x >= 12] == 1).all()
 
@@ -135,7 +137,7 @@ class Emulated:
     slope: float = SLOPE
     exp: Callable[[Tensor], Tensor] = torch.exp
     inner: float = 3.0
-    complement: Callable[[Tensor], Tensor] = lambda s: 1 - s
+    complement: Callable[[Tensor], Tensor] = lambda logit: torch.sigmoid(-logit)
     round: Callable[[Tensor, torch.dtype], Tensor] = _round
     write: Callable[[Tensor], Tensor] = lambda y: y
     write_gradient: Callable[[Tensor], Tensor] = lambda dx: dx
@@ -146,7 +148,7 @@ class Emulated:
         logit = bounded * (self.slope + self.slope * self.cubic * bounded.square())
         s = 1 / (1 + self.exp(-logit))
         steep = bounded * (self.slope + self.inner * self.slope * self.cubic * bounded.square())
-        dx = dy.float() * (s + steep * s * self.complement(s))
+        dx = dy.float() * (s + steep * s * self.complement(logit))
         return (
             self.write(self.round(wide * s, x.dtype)),
             self.write_gradient(self.round(dx, x.dtype)),
@@ -169,8 +171,8 @@ FAULTS = {
     "no activation": Emulated(exp=torch.zeros_like),
     "derivative without the 3": Emulated(inner=1.0),
     "derivative of s left out": Emulated(complement=torch.zeros_like),
-    "derivative by s alone": Emulated(complement=lambda s: s),
-    "complement rounded to bf16": Emulated(complement=lambda s: (1 - s).bfloat16().float()),
+    "derivative by s alone": Emulated(complement=torch.sigmoid),
+    "complement as a difference": Emulated(complement=lambda logit: 1 - torch.sigmoid(logit)),
     "last gradient not written": Emulated(write_gradient=_spoil((..., -1), lambda dx: 0)),
 }
 RIGHT = {
