@@ -207,7 +207,7 @@ def _check_memory(x: Tensor, out: Tensor) -> None:
     if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr() or not x.numel():
         return
     same_steps = x.stride() == out.stride()
-    distance = abs(out.storage_offset() - x.storage_offset())
+    distance = abs(int(out.storage_offset()) - int(x.storage_offset()))
     if same_steps and (distance == 0 or _beside(x, distance)):
         return
     first, second = sorted((x, out), key=Tensor.storage_offset)
