@@ -9,8 +9,15 @@
 namespace hunyuan_fast::gelu_tanh {
 namespace {
 
-// Some 5 microseconds of work: long against taking the next piece, short against waiting for the last.
-constexpr int64_t kElementsPerPiece = 16 * 1024;
+// Some 5 microseconds of work: long against taking the next piece, short against waiting for the last. Of
+// large tensors as much as 2 MB, so that two threads seldom wait for the same fresh page.
+constexpr int64_t kSmallestPiece = 16 * 1024;
+constexpr int64_t kLargestPiece = 512 * 1024;
+
+int64_t elements_per_piece(int64_t count, int num_threads) {
+    int64_t const few = count / (8 * std::max(num_threads, 1));
+    return std::min(std::max(few, kSmallestPiece), kLargestPiece);
+}
 
 CpuKernels const& kernels(DType dtype) {
     switch (cpu_isa()) {
@@ -33,15 +40,17 @@ void copy_row(CopyParams const& p, int64_t row) {
 
 void forward_cpu(DType dtype, ForwardParams const& params, int num_threads) {
     auto const forward = kernels(dtype).forward;
-    parallel_for(params.grid.rows * params.grid.width, kElementsPerPiece, num_threads,
+    int64_t const count = params.grid.rows * params.grid.width;
+    parallel_for(count, elements_per_piece(count, num_threads), num_threads,
                  [&](int64_t first, int64_t last) { forward(params, first, last); });
 }
 
 void concat_cpu(DType dtype, CopyParams const& left, ForwardParams const& params, int num_threads) {
     auto const forward = kernels(dtype).forward;
     int64_t const width = params.grid.width;
-    int64_t const grain = std::max<int64_t>(1, kElementsPerPiece / (left.grid.width + width));
-    parallel_for(params.grid.rows, grain, num_threads, [&](int64_t first, int64_t last) {
+    int64_t const whole = left.grid.width + width;
+    int64_t const grain = elements_per_piece(params.grid.rows * whole, num_threads) / whole;
+    parallel_for(params.grid.rows, std::max<int64_t>(1, grain), num_threads, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             copy_row(left, row);
             forward(params, row * width, (row + 1) * width);
@@ -51,7 +60,8 @@ void concat_cpu(DType dtype, CopyParams const& left, ForwardParams const& params
 
 void backward_cpu(DType dtype, BackwardParams const& params, int num_threads) {
     auto const backward = kernels(dtype).backward;
-    parallel_for(params.grid.rows * params.grid.width, kElementsPerPiece, num_threads,
+    int64_t const count = params.grid.rows * params.grid.width;
+    parallel_for(count, elements_per_piece(count, num_threads), num_threads,
                  [&](int64_t first, int64_t last) { backward(params, first, last); });
 }
 

@@ -32,7 +32,7 @@ def forward(x: Tensor, left: Tensor | None = None, out: Tensor | None = None) ->
         return y
     # a row may be strided in out, which the kernels do not know
     y = out if out is not None and out.stride(-1) == 1 else _new(x)
-    _C.gelu_tanh_forward_cpu(_rows(x), y, threads)
+    _C.gelu_tanh_forward_cpu(_rows(x), y, y is not out, threads)
     return y if out is None or y is out else out.copy_(y)
 
 

@@ -63,12 +63,12 @@ def test_the_native_functions_check_what_they_get():
     native = pytest.importorskip("hunyuan_fast._C")
     x = torch.zeros(2, 3, 8)
     for args, words in (
-        ((x, x[..., :7], 1), r"y must have rows of 8, got the shape \(2, 3, 7\)"),
-        ((x, x[:1], 1), r"y does not fit x: it has the shape \(1, 3, 8\)"),
-        ((x, x.half(), 1), "y must be float32, got float16"),
-        ((x.long(), x, 1), "x must be float32, float16 or bfloat16, got int64"),
-        ((x[:0], x[:0], 1), "x must have elements"),
-        ((x.mT.contiguous().mT, x, 1), "x must be contiguous in its last dimension"),
+        ((x, x[..., :7], True, 1), r"y must have rows of 8, got the shape \(2, 3, 7\)"),
+        ((x, x[:1], True, 1), r"y does not fit x: it has the shape \(1, 3, 8\)"),
+        ((x, x.half(), True, 1), "y must be float32, got float16"),
+        ((x.long(), x, True, 1), "x must be float32, float16 or bfloat16, got int64"),
+        ((x[:0], x[:0], True, 1), "x must have elements"),
+        ((x.mT.contiguous().mT, x, True, 1), "x must be contiguous in its last dimension"),
     ):
         with pytest.raises(ValueError, match=words):
             native.gelu_tanh_forward_cpu(*args)
