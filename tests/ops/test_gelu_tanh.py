@@ -225,17 +225,17 @@ def test_last_dimension_may_be_strided(name, generator):
         assert_equal(got, wanted)
 
 
-@each_quick_implementation
-def test_outputs_too_large_for_the_allocator_to_keep(name, generator):
-    """Of more than 32 MB, in a layout of its own: the C++ kernels ask for huge pages there."""
+def test_outputs_too_large_for_the_allocator_to_keep(generator):
+    """Of more than 32 MB: the C++ kernels ask for huge pages there."""
+    pytest.importorskip("hunyuan_fast._C")
     left, x, dy = concat_inputs(1, 701, (64, 12288), generator)
     assert x.nbytes > 2**25
-    whole = run_concat(name, left, x, dy)
+    whole = run_concat("cpu_impl", left, x, dy)
     for rows in (slice(0, 2), slice(350, 353), slice(700, 701)):
-        part = run_concat(name, *(t[:, rows] for t in (left, x, dy)))
+        part = run_concat("cpu_impl", *(t[:, rows] for t in (left, x, dy)))
         for got, wanted in zip(whole, part, strict=True):
             assert_equal(got[:, rows], wanted)
-    with use(name, ROOM):
+    with use("cpu_impl", ROOM):
         assert_equal(gelu_tanh(x), whole[0][..., 64:].contiguous())
 
 
