@@ -141,8 +141,8 @@ def specialisations() -> list[Specialisation]:
 def test_triton_kernels_compiled_ahead_are_lean():
     pytest.importorskip("triton")
     for report in compile_ahead(specialisations()):
-        # what leaves 8 blocks of 128 threads and more on a multiprocessor
-        report.assert_lean(max_registers=64, min_access_bits=128)
+        # what leaves 10 blocks of 128 threads on a multiprocessor
+        report.assert_lean(max_registers=48, min_access_bits=128)
         assert set(report.global_accesses) <= {128, 256}, report
 
 
