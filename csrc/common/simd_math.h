@@ -27,21 +27,29 @@ inline Vec absolute(Vec v) { return (Vec)((VecBits)v & 0x7fffffffu); }
 // 2^n for integers n in [-126, 127], by its exponent bits.
 inline Vec power_of_two(VecInt n) { return (Vec)(((VecBits)n + 127u) << 23); }
 
-// 2^(a b) for |a b| <= 250, or NaN: within an ulp of the power of the rounded product, zero, subnormal or
-// infinite where that is. The factors come apart because the fraction of their product is then exact: it
-// takes one fused operation where there is one.
+// 2^(a b) for |a b| <= 250, or NaN: of the rounded product within an ulp; zero, subnormal or infinite where
+// that is. For results of 16 bits one term less is enough, and the error two ulps. The factors come apart
+// because the fraction of their product is then exact: it takes one fused operation where there is one.
 //
-// a b = n + f with n whole and |f| <= 1/2; 2^f = 1 + f q(f), where q was fitted to the relative error of
-// 2^f, which is 3e-9 with these coefficients, and 2^0 is exactly 1.
+// a b = n + f with n whole and |f| <= 1/2; 2^f = 1 + f q(f), where q was fitted to the relative error of 2^f:
+// 3e-9 with these coefficients, 1e-7 with one less. 2^0 is exactly 1.
+template <bool kFor16Bits>
 inline Vec exp2_of_product(Vec a, Vec b) {
     float const magic = 0x1.8p23f;  // a float of this size has no fraction bits: adding it rounds
     Vec const shifted = a * b + magic;
     Vec const n = shifted - magic;
     Vec const f = a * b - n;
-    Vec p = f * 0x1.417abap-13f + 0x1.5f094ap-10f;
-    p = p * f + 0x1.3b2dd2p-7f;
-    p = p * f + 0x1.c6af7ap-5f;
-    p = p * f + 0x1.ebfbdcp-3f;
+    Vec p;
+    if (kFor16Bits) {
+        p = f * 0x1.5ca826p-10f + 0x1.3cdafep-7f;
+        p = p * f + 0x1.c6b3aap-5f;
+        p = p * f + 0x1.ebf9f2p-3f;
+    } else {
+        p = f * 0x1.417abap-13f + 0x1.5f094ap-10f;
+        p = p * f + 0x1.3b2dd2p-7f;
+        p = p * f + 0x1.c6af7ap-5f;
+        p = p * f + 0x1.ebfbdcp-3f;
+    }
     p = p * f + 0x1.62e430p-1f;
     p = p * f + 1.0f;
 #if defined(__AVX512F__)

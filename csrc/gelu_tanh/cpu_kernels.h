@@ -17,20 +17,25 @@ constexpr double kA = kSlope * 1.4426950408889634;         // times log2(e)
 constexpr double kB = kA * kCubic;
 constexpr float kBound = 12.0f;
 
+template <class T>
+constexpr bool kOf16Bits = sizeof(typename T::Storage) == 2;
+
+template <class T>
 inline Vec gelu(Vec x) {
     // As numerator, so that -inf gives -12 / inf.
     Vec const low = at_least(x, -kBound);
     Vec const w = at_most(low, kBound);
-    Vec const e = exp2_of_product(w, w * w * float(-kB) + float(-kA));
+    Vec const e = exp2_of_product<kOf16Bits<T>>(w, w * w * float(-kB) + float(-kA));
     return low / (1.0f + e);
 }
 
 // The derivative, with s = 1 / (1 + e^-|t|) and c = 1 - s, neither of which cancels: s + q for x >= 0 and
 // c - q for x < 0, where q = |x| t' s c.
+template <class T>
 inline Vec gelu_slope(Vec x) {
     Vec const w = at_most(absolute(x), kBound);
     Vec const square = w * w;
-    Vec const e = exp2_of_product(w, square * float(-kB) + float(-kA));
+    Vec const e = exp2_of_product<kOf16Bits<T>>(w, square * float(-kB) + float(-kA));
     Vec const s = 1.0f / (1.0f + e);
     Vec const c = e * s;
     Vec const q = w * (square * float(3 * kSlope * kCubic) + float(kSlope)) * c * s;
@@ -62,7 +67,15 @@ inline typename T::Storage* at(Grid const& grid, Rows const& rows, int64_t row, 
 // of bfloat16 have no bits set below.
 inline Vec lower(VecBits words) { return (Vec)(words << 16); }
 inline Vec upper(VecBits words) { return (Vec)(words & 0xffff0000u); }
+#if defined(__AVX512F__)
+inline VecBits rounded(VecBits bits) {
+    __m512i const up = (__m512i)(bits + 0x7fffu);
+    __mmask16 const odd = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x10000));
+    return (VecBits)_mm512_mask_sub_epi32(up, odd, up, _mm512_set1_epi32(-1));
+}
+#else
 inline VecBits rounded(VecBits bits) { return bits + 0x7fffu + ((bits >> 16) & 1u); }
+#endif
 inline VecBits joined(Vec low, Vec high) {
     return (rounded((VecBits)low) >> 16) | (rounded((VecBits)high) & 0xffff0000u);
 }
@@ -91,7 +104,7 @@ template <class T>
 void forward(ForwardParams const& p, int64_t begin, int64_t end) {
     for_each_part(p.grid, begin, end, [&](int64_t row, int64_t column, int64_t count) {
         auto const* x = at<T>(p.grid, p.x, row, column);
-        map(T(), [](Vec v) { return gelu(v); }, count, at<T>(p.grid, p.y, row, column), x);
+        map(T(), [](Vec v) { return gelu<T>(v); }, count, at<T>(p.grid, p.y, row, column), x);
     });
 }
 
@@ -100,7 +113,7 @@ void backward(BackwardParams const& p, int64_t begin, int64_t end) {
     for_each_part(p.grid, begin, end, [&](int64_t row, int64_t column, int64_t count) {
         auto const* dy = at<T>(p.grid, p.dy, row, column);
         auto const* x = at<T>(p.grid, p.x, row, column);
-        auto const product = [](Vec d, Vec v) { return d * gelu_slope(v); };
+        auto const product = [](Vec d, Vec v) { return d * gelu_slope<T>(v); };
         map(T(), product, count, at<T>(p.grid, p.dx, row, column), dy, x);
     });
 }
