@@ -125,16 +125,17 @@ class _ConcatGeluTanh(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left: Tensor, x: Tensor) -> Tensor:
         ctx.left_width = left.shape[-1]
-        ctx.save_for_backward(x)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(x)
         return _concat(left, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x,) = ctx.saved_tensors
         dleft = dx = None
         if ctx.needs_input_grad[0]:
             dleft = dy.narrow(-1, 0, ctx.left_width)
         if ctx.needs_input_grad[1]:
+            (x,) = ctx.saved_tensors
             dx = _gradient(dy.narrow(-1, ctx.left_width, x.shape[-1]), x)
         return dleft, dx
 
@@ -206,7 +207,9 @@ def _check_memory(x: Tensor, out: Tensor) -> None:
         raise ValueError(f"out must not repeat memory, got strides {out.stride()}")
     if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr() or not x.numel():
         return
-    same_steps = x.stride() == out.stride()
+    same_steps = all(
+        a == b or size == 1 for a, b, size in zip(x.stride(), out.stride(), x.shape, strict=True)
+    )
     distance = abs(int(out.storage_offset()) - int(x.storage_offset()))
     if same_steps and (distance == 0 or _beside(x, distance)):
         return

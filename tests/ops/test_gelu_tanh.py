@@ -334,7 +334,9 @@ def test_backward_keeps_a_view_and_returns_one(name, generator):
     with use(name, ROOM), torch.autograd.graph.saved_tensors_hooks(kept.append, kept.append):
         concat_gelu_tanh(left.detach(), x)
         gelu_tanh(x)
-    assert [t.data_ptr() for t in kept] == [x.data_ptr()] * 2
+        assert [t.data_ptr() for t in kept] == [x.data_ptr()] * 2
+        concat_gelu_tanh(left, x.detach())
+        assert len(kept) == 2
     with use(name, ROOM):
         (dleft,) = torch.autograd.grad(concat_gelu_tanh(left, x.detach()), left, dy)
     assert dleft.data_ptr() == dy.data_ptr()

@@ -94,6 +94,13 @@ def test_halves_of_a_buffer_do_not_overlap(generator):
     assert_equal(gelu_tanh(buffer.view(2, 320)[0:1], out=buffer.view(2, 320)[1:]), expected[None])
 
 
+def test_the_stride_of_one_element_does_not_matter(generator):
+    x = torch.randn(1, 40, generator=generator)
+    again = x.as_strided((1, 40), (7, 1))
+    expected = gelu_tanh(x)
+    assert_equal(gelu_tanh(x, out=again), expected)
+
+
 def test_out_that_repeats_memory_is_refused():
     with pytest.raises(ValueError, match=r"out must not repeat memory, got strides \(0, 1\)"):
         gelu_tanh(torch.zeros(3, 4), out=torch.zeros(4).expand(3, 4))
@@ -150,8 +157,11 @@ def test_compiles_whole_and_once_for_three_lengths(generator):
 
 def test_compiled_gradients(generator):
     left, x, dy = concat_inputs(2, 6, (8, 24), generator, torch.bfloat16)
-    leaves = [left.requires_grad_(), x.requires_grad_()]
     compiled = torch.compile(concat_gelu_tanh, fullgraph=True, backend="aot_eager")
+    left.requires_grad_()
+    one = [torch.autograd.grad(f(left, x), left, dy)[0] for f in (compiled, concat_gelu_tanh)]
+    assert_equal(*one)
+    leaves = [left, x.requires_grad_()]
     grads = [torch.autograd.grad(f(*leaves), leaves, dy) for f in (compiled, concat_gelu_tanh)]
     alone = torch.compile(gelu_tanh, fullgraph=True, backend="aot_eager")
     grads[0] += torch.autograd.grad(alone(x), x, dy[..., 8:])
