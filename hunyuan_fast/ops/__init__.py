@@ -1,12 +1,16 @@
 """The public functions over tensors: checked, differentiable, fit for ``torch.compile``."""
 
 from hunyuan_fast.ops.fused_modulation import layer_norm_modulate
+from hunyuan_fast.ops.gelu_tanh import concat_gelu_tanh, gelu_tanh
 from hunyuan_fast.ops.qk_norm_rope import qk_norm_rope
 from hunyuan_fast.ops.rope3d_attention import apply_rope3d, attention, rope3d_attention
 
 __all__ = [
     "apply_rope3d",
     "attention",
+    "concat_gelu_tanh",
+    "gelu_tanh",
+    "layer_norm_modulate",
     "layer_norm_modulate",
     "qk_norm_rope",
     "rope3d_attention",

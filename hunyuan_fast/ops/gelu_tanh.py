@@ -1,0 +1,236 @@
+"""GELU in its tanh form, by itself or written behind another tensor.
+
+Formula and contract: ``hunyuan_fast.kernels.gelu_tanh``.
+
+The ops without side effects are registered one level below ``torch.library.custom_op``, whose
+conveniences cost as much time as the smallest calls have to spend. What that leaves to this file is
+autograd, in plain ``torch.autograd.Function``.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from hunyuan_fast.dispatch import select
+
+_ROOM = "gelu_tanh"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def gelu_tanh(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))``, element by element.
+
+    x: (..., M), of any strides; fp32, bf16, fp16, or float64, which is computed in float64.
+    out: a tensor of the shape and dtype of x to write into and return: x itself, or one of any
+        strides (a view beside other results, say) that shares no memory with x. Inference only.
+
+    Returns (..., M), contiguous unless it is ``out``, in the dtype of x, under autocast too:
+    computed in fp32 and rounded once; 0 for -inf, NaN for NaN. A second derivative is refused.
+    Raises TypeError or ValueError when shapes, dtypes, devices or memory do not fit.
+    """
+    _check_tensor("x", x)
+    if out is None:
+        if x.requires_grad and torch.is_grad_enabled():
+            return _GeluTanh.apply(x)
+        return _forward(x)
+    _check_out(out, x)
+    _forward_out(x, out)
+    return out
+
+
+def concat_gelu_tanh(left: Tensor, x: Tensor) -> Tensor:
+    """``[left, gelu_tanh(x)]`` along the last dimension, in one pass.
+
+    left: (B, L, E); x: (B, L, M); of one dtype and any strides (x is a view of what a linear layer
+    made, say). Returns (B, L, E + M), contiguous, with the precision of :func:`gelu_tanh`.
+    Backward keeps x, not a copy; the gradient of left is a view of the incoming one. A second
+    derivative is refused. Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
+    """
+    _check_tensor("x", x)
+    _check_left(left, x)
+    if (x.requires_grad or left.requires_grad) and torch.is_grad_enabled():
+        return _ConcatGeluTanh.apply(left, x)
+    return _concat(left, x)
+
+
+def _forward_kernel(x: Tensor) -> Tensor:
+    return select(_ROOM, x).forward(x)
+
+
+def _concat_kernel(left: Tensor, x: Tensor) -> Tensor:
+    return select(_ROOM, x, left).forward(x, left)
+
+
+def _backward_kernel(dy: Tensor, x: Tensor) -> Tensor:
+    return select(_ROOM, x).backward(dy, x)
+
+
+def _fake_forward(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_concat(left: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], left.shape[-1] + x.shape[-1]))
+
+
+def _fake_backward(dy: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _register(schema: str, kernel: Any, fake: Any) -> Any:
+    """An op of new results, without autograd: its callable overload."""
+    name = schema.partition("(")[0]
+    qualified = f"hunyuan_fast::{name}"
+    tags = (torch.Tag.pt2_compliant_tag,)
+    torch.library.define(qualified, schema.removeprefix(name), tags=tags)
+    torch.library.impl(qualified, "default", kernel)
+    torch.library.register_fake(qualified, fake)
+    return getattr(torch.ops.hunyuan_fast, name).default
+
+
+_forward = _register("gelu_tanh(Tensor x) -> Tensor", _forward_kernel, _fake_forward)
+_concat = _register(
+    "concat_gelu_tanh(Tensor left, Tensor x) -> Tensor", _concat_kernel, _fake_concat
+)
+_backward = _register(
+    "gelu_tanh_bwd(Tensor dy, Tensor x) -> Tensor", _backward_kernel, _fake_backward
+)
+
+
+@custom_op("hunyuan_fast::gelu_tanh_out", mutates_args=("out",))
+def _forward_out(x: Tensor, out: Tensor) -> None:
+    _check_memory(x, out)
+    select(_ROOM, x, None, out).forward(x, None, out)
+
+
+@_forward_out.register_fake
+def _(x: Tensor, out: Tensor) -> None:
+    return None
+
+
+class _GeluTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return _gradient(dy, *ctx.saved_tensors)
+
+
+class _ConcatGeluTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, x: Tensor) -> Tensor:
+        ctx.left_width = left.shape[-1]
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(x)
+        return _concat(left, x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        dleft = dx = None
+        if ctx.needs_input_grad[0]:
+            dleft = dy.narrow(-1, 0, ctx.left_width)
+        if ctx.needs_input_grad[1]:
+            (x,) = ctx.saved_tensors
+            dx = _gradient(dy.narrow(-1, ctx.left_width, x.shape[-1]), x)
+        return dleft, dx
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient of x where somebody may differentiate it once more."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, x: Tensor) -> Tensor:
+        return _backward(dy, x)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError(
+            "gelu_tanh has no second derivative: do not differentiate through its backward "
+            "(create_graph=True)"
+        )
+
+
+def _gradient(dy: Tensor, x: Tensor) -> Tensor:
+    return _Gradient.apply(dy, x) if torch.is_grad_enabled() else _backward(dy, x)
+
+
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}; cast it"
+        )
+    if x.dim() == 0:
+        raise ValueError(f"{name} must be (..., M), got a tensor without dimensions")
+
+
+def _check_left(left: Tensor, x: Tensor) -> None:
+    if not isinstance(left, Tensor):
+        raise TypeError(f"left must be a tensor, got {type(left).__name__}")
+    if x.dim() != 3:
+        raise ValueError(f"x must be (B, L, M), got shape {tuple(x.shape)}")
+    if left.dim() != 3 or left.shape[:2] != x.shape[:2]:
+        raise ValueError(
+            f"left must be (B, L, E) with B and L of x, {tuple(x.shape)}, got {tuple(left.shape)}"
+        )
+    if left.dtype != x.dtype:
+        raise TypeError(f"left must have the dtype of x, {x.dtype}, got {left.dtype}; cast one")
+    if left.device != x.device:
+        raise ValueError(f"left must be on the device of x, {x.device}, got {left.device}")
+
+
+def _check_out(out: Tensor, x: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if out.shape != x.shape:
+        raise ValueError(f"out must have the shape of x, {tuple(x.shape)}, got {tuple(out.shape)}")
+    if out.dtype != x.dtype:
+        raise TypeError(f"out must have the dtype of x, {x.dtype}, got {out.dtype}")
+    if out.device != x.device:
+        raise ValueError(f"out must be on the device of x, {x.device}, got {out.device}")
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise ValueError(
+            "out is for inference: autograd cannot follow a write into it; "
+            "leave it out, or use torch.no_grad()"
+        )
+
+
+def _check_memory(x: Tensor, out: Tensor) -> None:
+    """Refuse an ``out`` some of whose elements would be written before they are read, or twice."""
+    if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(f"out must not repeat memory, got strides {out.stride()}")
+    if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr() or not x.numel():
+        return
+    same_steps = all(
+        a == b or size == 1 for a, b, size in zip(x.stride(), out.stride(), x.shape, strict=True)
+    )
+    distance = abs(int(out.storage_offset()) - int(x.storage_offset()))
+    if same_steps and (distance == 0 or _beside(x, distance)):
+        return
+    first, second = sorted((x, out), key=Tensor.storage_offset)
+    if first.storage_offset() + _extent(first) > second.storage_offset():
+        raise ValueError(
+            "out must be x itself or share no memory with it, got views that overlap: "
+            f"offsets {x.storage_offset()} and {out.storage_offset()}, strides {x.stride()} and "
+            f"{out.stride()}"
+        )
+
+
+def _beside(x: Tensor, distance: int) -> bool:
+    """Whether the rows of x and the same rows ``distance`` further lie between each other."""
+    *steps, last = x.stride()
+    period = min((s for s, size in zip(steps, x.shape, strict=False) if size > 1), default=0)
+    if last != 1 or not period or any(step % period for step in steps):
+        return False
+    return x.shape[-1] <= distance % period <= period - x.shape[-1]
+
+
+def _extent(x: Tensor) -> int:
+    """How many elements of memory lie between the first and the last one, both included."""
+    return 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
