@@ -16,6 +16,17 @@ _ROOM = "fused_modulation"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _Tensors = tuple[Tensor | None, ...]
 
+# Who may look at a call. The names are private; in a torch without one of them everybody may.
+_SIGNS = (
+    "_len_torch_dispatch_stack",
+    "_is_torch_function_mode_enabled",
+    "_are_functorch_transforms_active",
+    "_get_tracing_state",
+)
+_dispatch_modes, _function_modes, _transforms, _tracing = (
+    getattr(torch._C, sign, lambda: True) for sign in _SIGNS
+)
+
 
 def layer_norm_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, *, index: Tensor | None = None, eps: float = 1e-6
@@ -106,12 +117,7 @@ def _watched(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return True
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
-    )
+    return bool(_dispatch_modes() or _function_modes() or _transforms() or _tracing())
 
 
 def _forward(

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 # A row must fit into the registers of one program, or of one block of threads.
 MAX_WIDTH = 8192
 CUDA_MAX_THREADS = 512
-# With both halves backward keeps three sums and four rows in registers; wider ones would spill.
-MAX_WIDTH_BOTH = 4096
 # The sums of a chunk are kept for each of M vectors: more of them leave too few chunks.
 MAX_VECTORS = 32
 
@@ -50,6 +48,11 @@ def gpu_rows_per_chunk(length: int, vectors: int = 1) -> int:
     are 1 % of the traffic at 119,056 tokens.
     """
     return rows_per_chunk(length, vectors, min_rows=4, max_chunks=512)
+
+
+def triton_max_width(element_size: int, *, both: bool) -> int:
+    """With both halves backward keeps three sums and a row of each tensor: in fp32 8192 spill."""
+    return 6144 if both and element_size == 4 else MAX_WIDTH
 
 
 def triton_forward(width: int) -> RowConfig:

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from hunyuan_fast.kernels.fused_modulation.config import (
     MAX_VECTORS,
-    MAX_WIDTH,
-    MAX_WIDTH_BOTH,
     gpu_rows_per_chunk,
     triton_backward,
     triton_forward,
+    triton_max_width,
 )
 from hunyuan_fast.kernels.fused_modulation.triton_kernels import (
     backward_kernel,
@@ -47,7 +46,7 @@ def supports(
     if x.dtype not in _DTYPES:
         return f"x must be float32, bfloat16 or float16, it is {x.dtype}"
     both = scale is not None and gate is not None
-    widest = MAX_WIDTH_BOTH if both else MAX_WIDTH
+    widest = triton_max_width(x.element_size(), both=both)
     if x.shape[-1] > widest:
         what = " with gate and norm at once" if both else ""
         return f"the width E must be at most {widest}{what}, it is {x.shape[-1]}"
