@@ -18,11 +18,34 @@ using namespace hunyuan_fast::HUNYUAN_FAST_ISA;
 constexpr int kSums = 4;
 constexpr int64_t kBlock = kSums * kLanes;
 
+// sum_lanes, in its order, without the way through memory: a short row has little else to do.
+#if defined(__AVX2__)
+inline double total(__m256d four) {
+    __m128d const two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return two[0] + two[1];
+}
+#if defined(__AVX512F__)
+inline double total(Vec v) {
+    // the zero-masked forms, for the reason given in simd.h
+    __m256 const low = _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0);
+    __m256 const high = _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1);
+    __m512d const eight = _mm512_maskz_cvtps_pd(0xff, low) + _mm512_maskz_cvtps_pd(0xff, high);
+    return total(_mm512_maskz_extractf64x4_pd(0xf, eight, 0) + _mm512_maskz_extractf64x4_pd(0xf, eight, 1));
+}
+#else
+inline double total(Vec v) {
+    __m128 const low = _mm256_castps256_ps128((__m256)v);
+    __m128 const high = _mm256_extractf128_ps((__m256)v, 1);
+    return total(_mm256_cvtps_pd(low) + _mm256_cvtps_pd(high));
+}
+#endif
+#else
+inline double total(Vec v) { return sum_lanes(v); }
+#endif
+
 struct Sum {
     Vec part[kSums] = {};
-    double mean(int64_t count) const {
-        return sum_lanes((part[0] + part[1]) + (part[2] + part[3])) / double(count);
-    }
+    double mean(int64_t count) const { return total((part[0] + part[1]) + (part[2] + part[3])) / double(count); }
 };
 
 template <class T>

@@ -274,8 +274,15 @@ def _gradients(ctx: Any, dresidual: Tensor | None, dmodulated: Tensor | None, *_
             through, dshift, dscale, dy, dgate = _backward(*args)
         if dmodulated is not None:
             dx = through
-    gradients = (dx, dshift, dscale, None, dy, dgate, None)
-    return tuple(g if want else None for g, want in zip(gradients, wants, strict=True))
+    return (
+        dx if wants[0] else None,
+        dshift if wants[1] else None,
+        dscale if wants[2] else None,
+        None,
+        dy if wants[4] else None,
+        dgate if wants[5] else None,
+        None,
+    )
 
 
 def _name_the_function(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -309,8 +316,8 @@ class _Direct(torch.autograd.Function):
         return output[:2]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> _Tensors:
-        return _gradients(ctx, *gradients)
+    def backward(ctx: Any, dresidual: Tensor | None, dmodulated: Tensor | None) -> _Tensors:
+        return _gradients(ctx, dresidual, dmodulated)
 
 
 def _check_rows(x: Tensor, *others: Tensor) -> None:

@@ -8,6 +8,7 @@ from hunyuan_fast.kernels.fused_modulation.config import MAX_VECTORS, rows_per_c
 
 VERIFIED_ON = frozenset({"cpu"})
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DENSE = torch.contiguous_format
 
 
 def supports(
@@ -41,12 +42,12 @@ def forward(
     index: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """residual and modulated (B, L, E), and stats (2, B, L): mean and rstd of every row."""
-    shape = x.shape
-    residual = None if gate is None else x.new_empty(shape)
-    modulated = stats = None
+    residual = modulated = stats = None
+    if gate is not None:
+        residual = torch.empty_like(x, memory_format=_DENSE)
     if scale is not None:
-        modulated = x.new_empty(shape)
-        stats = torch.empty((2, shape[0], shape[1]), dtype=torch.float32, device=x.device)
+        modulated = torch.empty_like(x, memory_format=_DENSE)
+        stats = torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device)
     if x.numel():
         _C.fused_modulation_forward_cpu(
             _rows(x),
@@ -82,13 +83,15 @@ def backward(
     dx = dshift = dscale = dy = dgate = partials = None
     batch, length, width = x.shape
     empty = not x.numel()
-    new_vectors = vectors.new_zeros if empty else vectors.new_empty
+    new_vector = torch.zeros_like if empty else torch.empty_like
     if scale is not None:
-        dx, dshift, dscale = x.new_empty(x.shape), *(new_vectors(scale.shape) for _ in range(2))
+        dx = torch.empty_like(x, memory_format=_DENSE)
+        dshift = new_vector(vectors, memory_format=_DENSE)
+        dscale = new_vector(vectors, memory_format=_DENSE)
     if y_dtype is not None:
-        dy = x.new_empty(x.shape, dtype=y_dtype)
+        dy = torch.empty_like(x, dtype=y_dtype, memory_format=_DENSE)
     if y is not None:
-        dgate = new_vectors(vectors.shape)
+        dgate = new_vector(vectors, memory_format=_DENSE)
     if empty:
         return dx, dshift, dscale, dy, dgate
     num_vectors = 1 if index is None else vectors.shape[1]
@@ -120,4 +123,6 @@ def backward(
 
 def _rows(t: Tensor | None) -> Tensor | None:
     """The tensor with its last dimension contiguous; the other strides may be any."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+    if t is None or t.is_contiguous() or t.stride(-1) == 1:
+        return t
+    return t.contiguous()

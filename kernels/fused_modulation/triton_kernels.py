@@ -51,6 +51,7 @@ def forward_kernel(
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """A row of residual and of modulated, and its mean and rstd."""
     # int64: a row may start past element 2^31.
     row = tl.program_id(0).to(tl.int64)
     b = row // length
@@ -124,6 +125,7 @@ def backward_kernel(
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """The rows of a chunk of dx and dy, and their sums for each vector in ``partials``."""
     NORM: tl.constexpr = scale_ptr is not None
     DY: tl.constexpr = dy_ptr is not None
     DGATE: tl.constexpr = y_ptr is not None
@@ -240,7 +242,7 @@ def reduce_kernel(
     BLOCK_CHUNKS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    # partials (B, num_chunks, sums, columns) -> dshift, dscale, dgate (B, columns)
+    """partials (B, num_chunks, sums, columns) -> dshift, dscale, dgate (B, columns)."""
     NORM: tl.constexpr = dshift_ptr is not None
     DGATE: tl.constexpr = dgate_ptr is not None
     NUM_SUMS: tl.constexpr = (2 if NORM else 0) + (1 if DGATE else 0)
