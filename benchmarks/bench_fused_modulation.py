@@ -145,7 +145,12 @@ def _inputs(
 
 
 def _work(
-    length: int, width: int, dtype: torch.dtype, *, forward: tuple[int, int], backward: tuple[int, int]
+    length: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    forward: tuple[int, int],
+    backward: tuple[int, int],
 ) -> dict[str, Work]:
     """Bytes of (rows, vectors) that each pass moves; training is both passes."""
     row, vector = (n * dtype.itemsize for n in (length * width, width))
