@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 
 from hunyuan_fast import ops
 from hunyuan_fast.dispatch import explain, implementations, use
-from hunyuan_fast.kernels.fused_modulation import config
+from hunyuan_fast.kernels.fused_modulation import config, reference
 from tests.kit.aot import Specialisation, compile_ahead
 from tests.kit.native import ARCHITECTURES, ROOT, assert_no_spills, nvcc
 from tests.ops.fused_modulation_cases import (
@@ -77,7 +77,7 @@ def reason(name: str, x: torch.Tensor, *gate_half: torch.Tensor | None) -> str |
 def test_triton_refusals(monkeypatch):
     pytest.importorskip("triton")
     if "triton_impl" not in implementations(ROOM):
-        pytest.skip(explain(ROOM, torch.zeros(1, 1, 8))["triton_impl"])
+        pytest.skip(explain(ROOM, *reference.example(torch.device("cpu")))["triton_impl"])
     x = torch.zeros(1, 2, 8)
     assert "x must be float32, bfloat16 or float16" in reason("triton_impl", x.double())
     assert "E must be at most 8192, it is 8193" in reason("triton_impl", torch.zeros(1, 1, 8193))
@@ -100,7 +100,7 @@ def test_cpu_refusals():
 
 def test_cuda_refusals(monkeypatch):
     if "cuda_impl" not in implementations(ROOM):
-        pytest.skip(explain(ROOM, torch.zeros(1, 1, 8))["cuda_impl"])
+        pytest.skip(explain(ROOM, *reference.example(torch.device("cpu")))["cuda_impl"])
     x = torch.zeros(1, 2, 8)
     assert "x must be float32, bfloat16 or float16" in reason("cuda_impl", x.double())
     assert "E is 7 of torch.float32" in reason("cuda_impl", torch.zeros(1, 1, 7))
