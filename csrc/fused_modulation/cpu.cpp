@@ -9,8 +9,13 @@
 namespace hunyuan_fast::fused_modulation {
 namespace {
 
-// A piece of work should outlast the waking of a thread, some 10 microseconds, many times over.
-constexpr int64_t kElementsPerPiece = 64 * 1024;
+// How many items of so many elements a thread takes at a time. Threads of torch that still spin after its
+// last op take work up within a microsecond, so even a short call is worth sharing; a long one is better
+// cut into pieces that amount to more than their handing over.
+int64_t items_per_piece(int64_t items, int64_t elements) {
+    int64_t const wanted = std::min<int64_t>(std::max<int64_t>(items * elements / 64, 16 * 1024), 64 * 1024);
+    return std::max<int64_t>(1, wanted / elements);
+}
 
 CpuKernels kernels(Kind const& kind) {
     switch (cpu_isa()) {
@@ -57,8 +62,7 @@ void forward_cpu(Kind const& kind, ForwardParams params, int num_threads) {
     Floats floats(kind, run, params.sizes);
     for (Vectors* each : {&params.gate, &params.shift, &params.scale}) floats.widen(*each);
     int64_t const rows = params.sizes.B * params.sizes.L;
-    int64_t const grain = std::max<int64_t>(1, kElementsPerPiece / params.sizes.E);
-    parallel_for(rows, grain, num_threads,
+    parallel_for(rows, items_per_piece(rows, params.sizes.E), num_threads,
                  [&](int64_t first, int64_t last) { run.forward_rows(params, first, last); });
 }
 
@@ -67,8 +71,7 @@ void backward_cpu(Kind const& kind, BackwardParams params, int num_threads) {
     Floats floats(kind, run, params.sizes);
     for (Vectors* each : {&params.gate, &params.scale}) floats.widen(*each);
     int64_t const chunks = params.sizes.B * params.chunks;
-    int64_t const grain = std::max<int64_t>(1, kElementsPerPiece / (params.chunk_rows * params.sizes.E));
-    parallel_for(chunks, grain, num_threads,
+    parallel_for(chunks, items_per_piece(chunks, params.chunk_rows * params.sizes.E), num_threads,
                  [&](int64_t first, int64_t last) { run.backward_chunks(params, first, last); });
     parallel_for(params.sizes.M * params.sizes.E, kColumnsPerPiece, num_threads,
                  [&](int64_t first, int64_t last) { run.reduce_columns(params, first, last); });
