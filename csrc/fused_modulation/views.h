@@ -42,6 +42,7 @@ public:
         view.device = static_cast<int>(integer(taken(PyObject_CallMethodNoArgs(tensor.ptr(), device_)).ptr()));
         view.data = PyLong_AsVoidPtr(taken(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr_)).ptr());
         if (view.data == nullptr && PyErr_Occurred()) throw py::error_already_set();
+        HUNYUAN_CHECK(view.data != nullptr || view.numel() == 0, "a tensor of shape ", view.shape(), " has no memory");
         return view;
     }
 

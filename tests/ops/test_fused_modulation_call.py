@@ -239,5 +239,35 @@ def test_who_answers_on_the_cpu():
         assert select(ROOM, x, None, None, 0.0, x, x[:, 0]) is implementations(ROOM)["cpu_impl"]
 
 
+NATIVE_REFUSALS = {
+    "shift does not fit x": {"shift": VECTOR[:, :3]},
+    "shift must be float32, got bfloat16": {"shift": VECTOR.bfloat16()},
+    "a half of the call is incomplete": {"modulated": None},
+    "modulated does not fit x": {"modulated": X[:, :2]},
+    "stats must be contiguous": {"stats": torch.zeros(2, 3, 2).mT},
+    "shift must be contiguous in its last": {"shift": torch.zeros(4, 2).mT},
+    "no kernel takes tensors of torch.complex64": {"x": X.to(torch.complex64)},
+    "no kernel takes y of float32 beside x of bfloat16": {
+        "x": X.bfloat16(),
+        "y": X,
+        "gate": VECTOR,
+        "residual": X.bfloat16(),
+    },
+    "vectors must be .B, M, E. with an index": {"index": INDEX},
+    r"a tensor of shape \(2, 3, 4\) has no memory": {"x": torch.empty(2, 3, 4, device="meta")},
+}
+
+
+@pytest.mark.parametrize("words", NATIVE_REFUSALS)
+def test_the_native_module_writes_nowhere_else(words):
+    native = pytest.importorskip("hunyuan_fast._C")
+    given = dict.fromkeys(("x", "shift", "scale", "eps", "y", "gate", "index", "residual"))
+    given |= {"x": X, "shift": VECTOR, "scale": VECTOR, "eps": 1e-6}
+    given |= {"modulated": torch.empty_like(X), "stats": torch.zeros(2, 2, 3)}
+    native.fused_modulation_forward_cpu(*given.values(), 1)
+    with pytest.raises(ValueError, match=words):
+        native.fused_modulation_forward_cpu(*(given | NATIVE_REFUSALS[words]).values(), 1)
+
+
 def test_every_function_is_public():
     assert set(FUNCTIONS) <= set(ops.__all__)

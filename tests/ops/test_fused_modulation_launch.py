@@ -10,9 +10,8 @@ from hunyuan_fast.kernels.fused_modulation import config, reference
 from tests.kit.aot import Specialisation, compile_ahead
 from tests.kit.native import ARCHITECTURES, ROOT, assert_no_spills, nvcc
 from tests.ops.fused_modulation_cases import (
-    BOTH,
     DTYPES,
-    GATE,
+    FUNCTIONS,
     NORM,
     ROOM,
     assert_right,
@@ -248,10 +247,8 @@ def test_cuda_kernels_do_not_spill(source, arch):
 GPU_IMPLEMENTATIONS = tuple(n for n in implementations(ROOM) if n in ("cuda_impl", "triton_impl"))
 
 
-GPU_CALLS = [(name, NORM, None) for name in GPU_IMPLEMENTATIONS]
-if "triton_impl" in GPU_IMPLEMENTATIONS:
-    GPU_CALLS += [("triton_impl", f, m) for f in (GATE, NORM, BOTH) for m in (None, 2)]
-    GPU_CALLS.remove(("triton_impl", NORM, None))
+GPU_CALLS = [("triton_impl", function, m) for function in FUNCTIONS for m in (None, 2)]
+GPU_CALLS = [c for c in [*GPU_CALLS, ("cuda_impl", NORM, None)] if c[0] in GPU_IMPLEMENTATIONS]
 each_call = pytest.mark.parametrize(("name", "function", "num_vectors"), GPU_CALLS)
 
 
