@@ -1,108 +1,208 @@
 // What Python sees: tensors are checked, turned into the structs of params.h, and handed to a launcher.
 #include "common/check.h"
 #include "common/registry.h"
-#include "common/tensor_caster.h"
 #include "fused_modulation/cpu.h"
+#include "fused_modulation/views.h"
 #ifdef HUNYUAN_FAST_CUDA
 #include "fused_modulation/cuda.h"
 #endif
-
-namespace py = pybind11;
 
 namespace hunyuan_fast::fused_modulation {
 namespace {
 
 using Shape = std::initializer_list<int64_t>;
 
-void check(TensorView const& t, char const* name, DType dtype, int device, Shape size) {
-    HUNYUAN_CHECK(t.dtype == dtype, name, " must be ", name_of(dtype), ", got ", name_of(t.dtype));
-    HUNYUAN_CHECK(t.device == device, name, " is on another device than x");
-    bool fits = t.ndim == static_cast<int>(size.size());
-    for (int i = 0; fits && i < t.ndim; ++i) fits = t.size[i] == size.begin()[i];
-    HUNYUAN_CHECK(fits, name, " does not fit x: it has the shape ", t.shape());
-    int const last = t.ndim - 1;
-    HUNYUAN_CHECK(t.size[last] <= 1 || t.stride[last] == 1, name, " must be contiguous in its last dimension");
-}
+bool given(TensorView const& t) { return t.ndim > 0; }
 
-Sizes sizes_of(TensorView const& x) {
-    HUNYUAN_CHECK(x.ndim == 3 && x.size[2] > 0, "x must be (B, L, E) with E > 0, got ", x.shape());
-    HUNYUAN_CHECK(x.dtype == DType::f32 || x.dtype == DType::f16 || x.dtype == DType::bf16,
-                  "x must be float32, float16 or bfloat16, got ", name_of(x.dtype));
-    return {x.size[0], x.size[1], x.size[2]};
-}
+bool is_floating(DType dtype) { return dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16; }
 
-Rows rows(TensorView const& t, char const* name, TensorView const& x) {
-    check(t, name, x.dtype, x.device, {x.size[0], x.size[1], x.size[2]});
-    return {t.data, t.stride[0], t.stride[1]};
-}
+// Holds every tensor of a call against the first of its rows. What is not given stays null.
+class Call {
+public:
+    Call(TensorView const& x, TensorView const& vector) : x_(x), vector_(vector.dtype) {
+        HUNYUAN_CHECK(x.ndim == 3 && x.size[2] > 0, "x must be (B, L, E) with E > 0, got ", x.shape());
+        for (DType dtype : {x.dtype, vector_}) {
+            HUNYUAN_CHECK(is_floating(dtype), "x and vectors must be float32, float16 or bfloat16, got ",
+                          name_of(dtype));
+        }
+        sizes.B = x.size[0], sizes.L = x.size[1], sizes.E = x.size[2];
+        if (vector.ndim == 3) sizes.M = vector.size[1];
+    }
 
-Vectors vectors(TensorView const& t, char const* name, DType dtype, TensorView const& x) {
-    check(t, name, dtype, x.device, {x.size[0], x.size[2]});
-    return {t.data, t.stride[0]};
-}
+    Rows rows(TensorView const& t, char const* name, DType dtype) const {
+        if (!given(t)) return {};
+        check(t, name, dtype, {sizes.B, sizes.L, sizes.E});
+        check_last(t, name);
+        return {t.data, t.stride[0], t.stride[1]};
+    }
 
-float* contiguous(TensorView const& t, char const* name, TensorView const& x, Shape size) {
-    check(t, name, DType::f32, x.device, size);
-    HUNYUAN_CHECK(t.is_contiguous(), name, " must be contiguous");
-    return t.as<float>();
-}
+    Rows rows(TensorView const& t, char const* name) const { return rows(t, name, x_.dtype); }
 
-float* statistic(TensorView const& t, char const* name, TensorView const& x) {
-    return contiguous(t, name, x, {x.size[0], x.size[1]});
-}
+    Vectors vectors(TensorView const& t, char const* name) const {
+        if (!given(t)) return {};
+        check_last(t, name);
+        if (t.ndim == 2) {
+            check(t, name, vector_, {sizes.B, sizes.E});
+            return {t.data, t.stride[0], 0};
+        }
+        check(t, name, vector_, {sizes.B, sizes.M, sizes.E});
+        return {t.data, t.stride[0], t.stride[1]};
+    }
 
-ForwardParams forward_params(TensorView const& x, TensorView const& shift, TensorView const& scale, double eps,
-                             TensorView const& y, TensorView const& mean, TensorView const& rstd) {
-    ForwardParams p;
-    p.sizes = sizes_of(x);
-    p.x = rows(x, "x", x);
-    p.y = rows(y, "y", x);
-    p.shift = vectors(shift, "shift", scale.dtype, x);
-    p.scale = vectors(scale, "scale", scale.dtype, x);
-    p.mean = statistic(mean, "mean", x);
-    p.rstd = statistic(rstd, "rstd", x);
-    p.eps = eps;
-    return p;
-}
+    Index index(TensorView const& t, TensorView const& vector) const {
+        HUNYUAN_CHECK(given(t) == (vector.ndim == 3), "vectors must be (B, M, E) with an index, (B, E) without");
+        if (!given(t)) return {};
+        HUNYUAN_CHECK(t.dtype == DType::i64 || t.dtype == DType::i32, "index must be int32 or int64, got ",
+                      name_of(t.dtype));
+        check(t, "index", t.dtype, {sizes.B, sizes.L});
+        return {t.data, t.dtype == DType::i64, t.stride[0], t.stride[1]};
+    }
 
-BackwardParams backward_params(TensorView const& dy, TensorView const& x, TensorView const& scale,
-                               TensorView const& mean, TensorView const& rstd, TensorView const& partials,
-                               int64_t chunk_rows, TensorView const& dx, TensorView const& dshift,
-                               TensorView const& dscale) {
-    BackwardParams p;
-    p.sizes = sizes_of(x);
-    HUNYUAN_CHECK(chunk_rows > 0, "chunk_rows must be positive, got ", chunk_rows);
-    p.chunk_rows = chunk_rows;
-    p.chunks = (p.sizes.L + chunk_rows - 1) / chunk_rows;
-    p.dy = rows(dy, "dy", x);
-    p.x = rows(x, "x", x);
-    p.dx = rows(dx, "dx", x);
-    p.scale = vectors(scale, "scale", scale.dtype, x);
-    p.mean = statistic(mean, "mean", x);
-    p.rstd = statistic(rstd, "rstd", x);
-    p.partials = contiguous(partials, "partials", x, {p.sizes.B, p.chunks, 2, p.sizes.E});
-    p.dshift = contiguous(dshift, "dshift", x, {p.sizes.B, p.sizes.E});
-    p.dscale = contiguous(dscale, "dscale", x, {p.sizes.B, p.sizes.E});
-    return p;
-}
+    // (2, B, L): means, then reciprocal deviations.
+    void statistics(TensorView const& t, float*& mean, float*& rstd) const {
+        if (!given(t)) return;
+        mean = contiguous<float>(t, "stats", DType::f32, {2, sizes.B, sizes.L});
+        rstd = mean + sizes.B * sizes.L;
+    }
+    void statistics(TensorView const& t, float const*& mean, float const*& rstd) const {
+        float *m = nullptr, *r = nullptr;
+        statistics(t, m, r);
+        mean = m, rstd = r;
+    }
 
-void check_host(TensorView const& x, TensorView const& scale) {
+    void* gradient(TensorView const& t, char const* name, DType dtype) const {
+        if (!given(t)) return nullptr;
+        if (t.ndim == 2) return contiguous<void>(t, name, dtype, {sizes.B, sizes.E});
+        return contiguous<void>(t, name, dtype, {sizes.B, sizes.M, sizes.E});
+    }
+
+    template <class T>
+    T* contiguous(TensorView const& t, char const* name, DType dtype, Shape size) const {
+        check(t, name, dtype, size);
+        HUNYUAN_CHECK(t.is_contiguous(), name, " must be contiguous");
+        return t.as<T>();
+    }
+
+    Sizes sizes;
+
+private:
+    void check(TensorView const& t, char const* name, DType dtype, Shape size) const {
+        HUNYUAN_CHECK(t.dtype == dtype, name, " must be ", name_of(dtype), ", got ", name_of(t.dtype));
+        HUNYUAN_CHECK(t.device == x_.device, name, " is on another device than x");
+        bool fits = t.ndim == static_cast<int>(size.size());
+        for (int i = 0; fits && i < t.ndim; ++i) fits = t.size[i] == size.begin()[i];
+        HUNYUAN_CHECK(fits, name, " does not fit x: it has the shape ", t.shape());
+    }
+
+    static void check_last(TensorView const& t, char const* name) {
+        int const last = t.ndim - 1;
+        HUNYUAN_CHECK(t.size[last] <= 1 || t.stride[last] == 1, name, " must be contiguous in its last dimension");
+    }
+
+    TensorView const& x_;
+    DType vector_;
+};
+
+struct ForwardViews {
+    TensorView x, y, gate, shift, scale, index, residual, modulated, stats;
+
+    TensorView const& vector() const { return given(scale) ? scale : gate; }
+
+    ForwardParams params(double eps) const {
+        Call const call(x, vector());
+        HUNYUAN_CHECK(given(gate) == given(y) && given(gate) == given(residual) && given(shift) == given(scale) &&
+                          given(scale) == given(modulated) && given(scale) == given(stats),
+                      "a half of the call is incomplete");
+        ForwardParams p;
+        p.sizes = call.sizes;
+        p.x = call.rows(x, "x");
+        p.y = call.rows(y, "y", y.dtype);
+        p.gate = call.vectors(gate, "gate");
+        p.shift = call.vectors(shift, "shift");
+        p.scale = call.vectors(scale, "scale");
+        p.index = call.index(index, vector());
+        p.residual = call.rows(residual, "residual");
+        p.modulated = call.rows(modulated, "modulated");
+        call.statistics(stats, p.mean, p.rstd);
+        p.eps = eps;
+        return p;
+    }
+};
+
+struct BackwardViews {
+    TensorView dresidual, dmodulated, residual, y, gate, scale, index, stats, partials;
+    TensorView dx, dy, dshift, dscale, dgate;
+
+    TensorView const& x() const { return given(residual) ? residual : dresidual; }
+    TensorView const& vector() const { return given(scale) ? scale : gate; }
+
+    BackwardParams params(int64_t chunk_rows, DType vector_gradient) const {
+        Call const call(x(), vector());
+        bool const norm = given(scale);
+        HUNYUAN_CHECK(given(dmodulated) == norm && given(residual) == norm && given(stats) == norm &&
+                          given(dx) == norm && given(dshift) == norm && given(dscale) == norm,
+                      "the norm half of the call is incomplete");
+        HUNYUAN_CHECK(given(dgate) == given(y) && (given(gate) || (norm && !given(y) && !given(dy))),
+                      "the gate half of the call is incomplete");
+        HUNYUAN_CHECK(chunk_rows > 0, "chunk_rows must be positive, got ", chunk_rows);
+        BackwardParams p;
+        p.sizes = call.sizes;
+        p.chunk_rows = chunk_rows;
+        p.chunks = (p.sizes.L + chunk_rows - 1) / chunk_rows;
+        p.sums = (norm ? 2 : 0) + (given(dgate) ? 1 : 0);
+        p.dresidual = call.rows(dresidual, "dresidual");
+        p.dmodulated = call.rows(dmodulated, "dmodulated");
+        p.residual = call.rows(residual, "residual");
+        p.y = call.rows(y, "y", y.dtype);
+        p.dx = call.rows(dx, "dx");
+        p.dy = call.rows(dy, "dy", given(y) ? y.dtype : dy.dtype);
+        p.gate = call.vectors(gate, "gate");
+        p.scale = call.vectors(scale, "scale");
+        p.index = call.index(index, vector());
+        call.statistics(stats, p.mean, p.rstd);
+        p.dshift = call.gradient(dshift, "dshift", vector_gradient);
+        p.dscale = call.gradient(dscale, "dscale", vector_gradient);
+        p.dgate = call.gradient(dgate, "dgate", vector_gradient);
+        if (p.sums) {
+            auto const& s = p.sizes;
+            p.partials = call.contiguous<float>(partials, "partials", DType::f32, {s.B, p.chunks, p.sums, s.M, s.E});
+        }
+        return p;
+    }
+};
+
+void check_kind(Kind const& kind, TensorView const& x) {
     HUNYUAN_CHECK(x.device == kHost, "x must be in host memory");
-    HUNYUAN_CHECK(scale.dtype == DType::f32, "scale must be float32 here, got ", name_of(scale.dtype));
+    HUNYUAN_CHECK(kind.y == kind.x || (kind.x == DType::f32 && is_floating(kind.y)), "no kernel takes y of ",
+                  name_of(kind.y), " beside x of ", name_of(kind.x));
 }
 
-void forward_host(TensorView const& x, TensorView const& shift, TensorView const& scale, double eps,
-                  TensorView const& y, TensorView const& mean, TensorView const& rstd, int num_threads) {
-    check_host(x, scale);
-    forward_cpu(x.dtype, forward_params(x, shift, scale, eps, y, mean, rstd), num_threads);
+void forward_host(py::handle x, py::handle shift, py::handle scale, double eps, py::handle y, py::handle gate,
+                  py::handle index, py::handle residual, py::handle modulated, py::handle stats, int num_threads) {
+    auto const& the = ViewReader::the();
+    ForwardViews const v{the.read(x),     the.read(y),        the.read(gate),      the.read(shift), the.read(scale),
+                         the.read(index), the.read(residual), the.read(modulated), the.read(stats)};
+    py::gil_scoped_release const unlocked;
+    bool const gated = given(v.gate);
+    Kind const kind{v.x.dtype, gated ? v.y.dtype : v.x.dtype, v.vector().dtype, gated, given(v.scale)};
+    check_kind(kind, v.x);
+    forward_cpu(kind, v.params(eps), num_threads);
 }
 
-void backward_host(TensorView const& dy, TensorView const& x, TensorView const& scale, TensorView const& mean,
-                   TensorView const& rstd, TensorView const& partials, int64_t chunk_rows, TensorView const& dx,
-                   TensorView const& dshift, TensorView const& dscale, int num_threads) {
-    check_host(x, scale);
-    auto const params = backward_params(dy, x, scale, mean, rstd, partials, chunk_rows, dx, dshift, dscale);
-    backward_cpu(x.dtype, params, num_threads);
+void backward_host(py::handle dmodulated, py::handle residual, py::handle scale, py::handle stats,
+                   py::handle dresidual, py::handle y, py::handle gate, py::handle index, py::handle partials,
+                   int64_t chunk_rows, py::handle dx, py::handle dshift, py::handle dscale, py::handle dy,
+                   py::handle dgate, int num_threads) {
+    auto const& the = ViewReader::the();
+    BackwardViews const v{the.read(dresidual), the.read(dmodulated), the.read(residual), the.read(y),
+                          the.read(gate),      the.read(scale),      the.read(index),    the.read(stats),
+                          the.read(partials),  the.read(dx),         the.read(dy),       the.read(dshift),
+                          the.read(dscale),    the.read(dgate)};
+    py::gil_scoped_release const unlocked;
+    DType const y_dtype = given(v.y) ? v.y.dtype : given(v.dy) ? v.dy.dtype : v.x().dtype;
+    Kind const kind{v.x().dtype, y_dtype, v.vector().dtype, given(v.gate), given(v.scale)};
+    check_kind(kind, v.x());
+    backward_cpu(kind, v.params(chunk_rows, kind.vector), num_threads);
 }
 
 #ifdef HUNYUAN_FAST_CUDA
@@ -113,35 +213,43 @@ Modulation modulation_of(TensorView const& x, TensorView const& scale) {
     return scale.dtype == DType::f32 ? Modulation::f32 : Modulation::as_x;
 }
 
-void forward_cuda(TensorView const& x, TensorView const& shift, TensorView const& scale, double eps,
-                  TensorView const& y, TensorView const& mean, TensorView const& rstd, int threads, int vectors,
-                  uintptr_t stream) {
-    auto const params = forward_params(x, shift, scale, eps, y, mean, rstd);
+void forward_cuda(py::handle x, py::handle shift, py::handle scale, double eps, py::handle modulated,
+                  py::handle stats, int threads, int vectors, uintptr_t stream) {
+    auto const& the = ViewReader::the();
+    ForwardViews v;
+    v.x = the.read(x), v.shift = the.read(shift), v.scale = the.read(scale);
+    v.modulated = the.read(modulated), v.stats = the.read(stats);
+    py::gil_scoped_release const unlocked;
     auto const launcher =
-        x.dtype == DType::f32 ? forward_f32 : x.dtype == DType::f16 ? forward_f16 : forward_bf16;
-    launcher(params, modulation_of(x, scale), {threads, vectors, reinterpret_cast<void*>(stream)});
+        v.x.dtype == DType::f32 ? forward_f32 : v.x.dtype == DType::f16 ? forward_f16 : forward_bf16;
+    launcher(v.params(eps), modulation_of(v.x, v.scale), {threads, vectors, reinterpret_cast<void*>(stream)});
 }
 
-void backward_cuda(TensorView const& dy, TensorView const& x, TensorView const& scale, TensorView const& mean,
-                   TensorView const& rstd, TensorView const& partials, int64_t chunk_rows, TensorView const& dx,
-                   TensorView const& dshift, TensorView const& dscale, int threads, int vectors,
-                   uintptr_t stream) {
-    auto const params = backward_params(dy, x, scale, mean, rstd, partials, chunk_rows, dx, dshift, dscale);
-    auto const launcher =
-        x.dtype == DType::f32 ? backward_f32 : x.dtype == DType::f16 ? backward_f16 : backward_bf16;
-    launcher(params, modulation_of(x, scale), {threads, vectors, reinterpret_cast<void*>(stream)});
+void backward_cuda(py::handle dmodulated, py::handle residual, py::handle scale, py::handle stats,
+                   py::handle partials, int64_t chunk_rows, py::handle dx, py::handle dshift, py::handle dscale,
+                   int threads, int vectors, uintptr_t stream) {
+    auto const& the = ViewReader::the();
+    BackwardViews v;
+    v.dmodulated = the.read(dmodulated), v.residual = the.read(residual), v.scale = the.read(scale);
+    v.stats = the.read(stats), v.partials = the.read(partials), v.dx = the.read(dx);
+    v.dshift = the.read(dshift), v.dscale = the.read(dscale);
+    py::gil_scoped_release const unlocked;
+    auto const launcher = v.residual.dtype == DType::f32   ? backward_f32
+                          : v.residual.dtype == DType::f16 ? backward_f16
+                                                           : backward_bf16;
+    launcher(v.params(chunk_rows, DType::f32), modulation_of(v.residual, v.scale),
+             {threads, vectors, reinterpret_cast<void*>(stream)});
 }
 #endif
 
 }  // namespace
 
 HUNYUAN_FAST_BIND(fused_modulation, m) {
-    using release_gil = py::call_guard<py::gil_scoped_release>;
-    m.def("fused_modulation_forward_cpu", &forward_host, release_gil());
-    m.def("fused_modulation_backward_cpu", &backward_host, release_gil());
+    m.def("fused_modulation_forward_cpu", &forward_host);
+    m.def("fused_modulation_backward_cpu", &backward_host);
 #ifdef HUNYUAN_FAST_CUDA
-    m.def("fused_modulation_forward_cuda", &forward_cuda, release_gil());
-    m.def("fused_modulation_backward_cuda", &backward_cuda, release_gil());
+    m.def("fused_modulation_forward_cuda", &forward_cuda);
+    m.def("fused_modulation_backward_cuda", &backward_cuda);
 #endif
 }
 

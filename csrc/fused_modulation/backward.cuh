@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kMaxThreads) backward_kernel(BackwardParams co
             bool const inside = e < width;
             float scale[N];
             if (inside) {
-                load(row_of<T>(p.dy, b, l) + e, g[v]);
-                load(row_of<T>(p.x, b, l) + e, normed[v]);
+                load(row_of<T>(p.dmodulated, b, l) + e, g[v]);
+                load(row_of<T>(p.residual, b, l) + e, normed[v]);
                 // Read again for every row, from the first-level cache: registers are dearer.
                 load(vector_of<M>(p.scale, b) + e, scale);
             }
@@ -75,7 +75,7 @@ constexpr int kMaxVectors = sizeof(T) == 2 ? 2 : 3;
 
 constexpr int kReduceColumns = 32, kReduceSlices = 16;
 
-// partials (B, chunks, 2, E) to dshift and dscale (B, E): a slice adds every 16th chunk in order, then
+// partials (B, chunks, 2, 1, E) to dshift and dscale (B, E): a slice adds every 16th chunk in order, then
 // the slices are added in order.
 static __global__ void reduce_kernel(BackwardParams const p) {
     __shared__ float sums[kReduceSlices][kReduceColumns];
@@ -94,7 +94,7 @@ static __global__ void reduce_kernel(BackwardParams const p) {
     __syncthreads();
     if (threadIdx.y != 0 || column >= columns) return;
     for (int slice = 1; slice < kReduceSlices; ++slice) sum += sums[slice][threadIdx.x];
-    float* const out = column < p.sizes.E ? p.dshift : p.dscale;
+    float* const out = static_cast<float*>(column < p.sizes.E ? p.dshift : p.dscale);
     out[b * p.sizes.E + column % p.sizes.E] = sum;
 }
 

@@ -6,19 +6,33 @@
 
 namespace hunyuan_fast::fused_modulation {
 
-// Each works on the half-open range [begin, end) of its kind; ranges may run at the same time.
+// Columns of the vectors' gradients that are added up at a time.
+constexpr int64_t kColumnsPerPiece = 512;
+
+// What a call is made of. y without a gate half, and vector without any, may be anything.
+struct Kind {
+    DType x = DType::f32;
+    DType y = DType::f32;
+    DType vector = DType::f32;
+    bool gate = false;
+    bool norm = false;
+};
+
+// The kernels of a kind. Each works on the half-open range [begin, end) of its items; ranges may run at
+// the same time. Forward and backward read vectors as floats, reduce writes them as the kind has them.
 struct CpuKernels {
     void (*forward_rows)(ForwardParams const&, int64_t begin, int64_t end);
     void (*backward_chunks)(BackwardParams const&, int64_t begin, int64_t end);
     void (*reduce_columns)(BackwardParams const&, int64_t begin, int64_t end);
+    void (*widen)(void const* vector, float* out, int64_t count);
 };
 
-// One table per instruction set; the first two exist where HUNYUAN_FAST_X86 is defined.
-CpuKernels const& avx512_kernels(DType dtype);
-CpuKernels const& avx2_kernels(DType dtype);
-CpuKernels const& plain_kernels(DType dtype);
+// One per instruction set; the first two exist where HUNYUAN_FAST_X86 is defined.
+CpuKernels avx512_kernels(Kind const& kind);
+CpuKernels avx2_kernels(Kind const& kind);
+CpuKernels plain_kernels(Kind const& kind);
 
-void forward_cpu(DType dtype, ForwardParams const& params, int num_threads);
-void backward_cpu(DType dtype, BackwardParams const& params, int num_threads);
+void forward_cpu(Kind const& kind, ForwardParams params, int num_threads);
+void backward_cpu(Kind const& kind, BackwardParams params, int num_threads);
 
 }  // namespace hunyuan_fast::fused_modulation

@@ -3,6 +3,6 @@
 
 namespace hunyuan_fast::fused_modulation {
 
-CpuKernels const& avx2_kernels(DType dtype) { return avx2::kernels_of(dtype); }
+CpuKernels avx2_kernels(Kind const& kind) { return avx2::kernels_of(kind); }
 
 }  // namespace hunyuan_fast::fused_modulation

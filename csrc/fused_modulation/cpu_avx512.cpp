@@ -3,6 +3,6 @@
 
 namespace hunyuan_fast::fused_modulation {
 
-CpuKernels const& avx512_kernels(DType dtype) { return avx512::kernels_of(dtype); }
+CpuKernels avx512_kernels(Kind const& kind) { return avx512::kernels_of(kind); }
 
 }  // namespace hunyuan_fast::fused_modulation

@@ -3,6 +3,6 @@
 
 namespace hunyuan_fast::fused_modulation {
 
-CpuKernels const& plain_kernels(DType dtype) { return plain::kernels_of(dtype); }
+CpuKernels plain_kernels(Kind const& kind) { return plain::kernels_of(kind); }
 
 }  // namespace hunyuan_fast::fused_modulation

@@ -1,4 +1,5 @@
-// The launchers of the CUDA kernels: one pair per element type, each in a file of its own.
+// The launchers of the CUDA kernels: the norm half, with one vector per sample. One pair per element type,
+// each in a file of its own.
 #pragma once
 
 #include "common/tensor_view.h"

@@ -7,7 +7,7 @@
 
 namespace hunyuan_fast::fused_modulation {
 
-// T: elements of x and y; M: of shift and scale; V: vectors of 16 bytes of x per thread.
+// T: elements of x and modulated; M: of shift and scale; V: vectors of 16 bytes of x per thread.
 template <class T, class M, int V>
 __global__ void __launch_bounds__(kMaxThreads) forward_kernel(ForwardParams const p) {
     constexpr int N = kPerVector<T>;
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kMaxThreads) forward_kernel(ForwardParams cons
     int64_t const row = blockIdx.x;
     int64_t const b = row / p.sizes.L;
     T const* const x_row = row_of<T>(p.x, b, row % p.sizes.L);
-    T* const y_row = row_of<T>(p.y, b, row % p.sizes.L);
+    T* const y_row = row_of<T>(p.modulated, b, row % p.sizes.L);
     int const width = int(p.sizes.E);
     float const count = float(width);
 

@@ -1,6 +1,10 @@
 """The public functions over tensors: checked, differentiable, fit for ``torch.compile``."""
 
-from hunyuan_fast.ops.fused_modulation import layer_norm_modulate
+from hunyuan_fast.ops.fused_modulation import (
+    gate_residual,
+    gate_residual_layer_norm_modulate,
+    layer_norm_modulate,
+)
 from hunyuan_fast.ops.gelu_tanh import concat_gelu_tanh, gelu_tanh
 from hunyuan_fast.ops.qk_norm_rope import qk_norm_rope
 from hunyuan_fast.ops.rope3d_attention import apply_rope3d, attention, rope3d_attention
@@ -9,8 +13,9 @@ __all__ = [
     "apply_rope3d",
     "attention",
     "concat_gelu_tanh",
+    "gate_residual",
+    "gate_residual_layer_norm_modulate",
     "gelu_tanh",
-    "layer_norm_modulate",
     "layer_norm_modulate",
     "qk_norm_rope",
     "rope3d_attention",

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 # A row must fit into the registers of one program, or of one block of threads.
 MAX_WIDTH = 8192
 CUDA_MAX_THREADS = 512
+# The sums of a chunk are kept for each of M vectors: more of them leave too few chunks.
+MAX_VECTORS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,22 +29,30 @@ class CudaConfig:
     vectors: int
 
 
-def rows_per_chunk(length: int, *, min_rows: int = 16, max_chunks: int = 128) -> int:
-    """How many rows of a sample are added up in one partial sum of dshift and dscale.
+def rows_per_chunk(
+    length: int, vectors: int = 1, *, min_rows: int = 16, max_chunks: int = 128
+) -> int:
+    """How many rows of a sample are added up in one partial sum of the vectors' gradients.
 
-    It depends on the length alone, not on the threads or the GPU, and so do the sums, bit for bit.
-    On the CPU 128 chunks keep that many threads busy, and their sums small: 3 MB at E = 3072.
+    It depends on the length and on the number of vectors alone, not on the threads or the GPU, and
+    so do the sums, bit for bit. On the CPU 128 chunks keep that many threads busy, and their sums
+    small: 3 MB at E = 3072 for shift and scale, however many vectors share them.
     """
-    return max(min_rows, -(-length // max_chunks))
+    return max(min_rows, -(-length // max(1, max_chunks // vectors)))
 
 
-def gpu_rows_per_chunk(length: int) -> int:
+def gpu_rows_per_chunk(length: int, vectors: int = 1) -> int:
     """``rows_per_chunk`` for a GPU.
 
     512 chunks fill 132 multiprocessors with two programs each, almost twice over, and their sums
     are 1 % of the traffic at 119,056 tokens.
     """
-    return rows_per_chunk(length, min_rows=4, max_chunks=512)
+    return rows_per_chunk(length, vectors, min_rows=4, max_chunks=512)
+
+
+def triton_max_width(element_size: int, *, both: bool) -> int:
+    """With both halves backward keeps three sums and a row of each tensor: in fp32 8192 spill."""
+    return 6144 if both and element_size == 4 else MAX_WIDTH
 
 
 def triton_forward(width: int) -> RowConfig:
@@ -50,9 +60,12 @@ def triton_forward(width: int) -> RowConfig:
     return _row_config(width, elements_per_thread=16, max_warps=16)
 
 
-def triton_backward(width: int) -> RowConfig:
-    """As forward: the row, its gradient, the gain and two sums take some 100 registers."""
-    return _row_config(width, elements_per_thread=16, max_warps=16)
+def triton_backward(width: int, *, both: bool = False) -> RowConfig:
+    """As forward: a row, its gradient, the gain and two sums take some 100 registers.
+
+    With both halves a thread holds half as many elements: rows and sums are more.
+    """
+    return _row_config(width, elements_per_thread=8 if both else 16, max_warps=16)
 
 
 def cuda_forward(width: int, element_size: int) -> CudaConfig:

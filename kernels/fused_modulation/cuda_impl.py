@@ -1,4 +1,4 @@
-"""Layer norm and modulation by the CUDA kernels: a block per row, 16-byte accesses."""
+"""Adaptive layer norm by the CUDA kernels: a block per row, 16-byte accesses."""
 
 import torch
 from torch import Tensor
@@ -16,8 +16,20 @@ VERIFIED_ON: frozenset[str] = frozenset()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def supports(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> str | None:
+def supports(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+    index: Tensor | None = None,
+) -> str | None:
     """None, or why the CUDA kernels cannot answer this call."""
+    if gate is not None:
+        return "the CUDA kernels normalise and modulate only; they take no gate"
+    if index is not None:
+        return "the CUDA kernels take one vector per sample and no index"
     if x.dtype not in _DTYPES:
         return f"x must be float32, bfloat16 or float16, it is {x.dtype}"
     width, widest = x.shape[-1], cuda_max_width(x.element_size())
@@ -33,51 +45,68 @@ def supports(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> str | None:
     return None
 
 
-def forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, L, E) and the mean and reciprocal standard deviation of every row (B, L)."""
+def forward(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    y: None = None,
+    gate: None = None,
+    index: None = None,
+) -> tuple[None, Tensor, Tensor]:
+    """No residual, modulated (B, L, E), and stats (2, B, L): mean and rstd of every row."""
     batch, length, width = x.shape
-    y = x.new_empty(x.shape)
-    mean, rstd = (x.new_empty((batch, length), dtype=torch.float32) for _ in range(2))
+    modulated = x.new_empty(x.shape)
+    stats = x.new_empty((2, batch, length), dtype=torch.float32)
     if not x.numel():
-        return y, mean, rstd
+        return None, modulated, stats
     x, shift, scale = _rows(x), _vectors(shift, x), _vectors(scale, x)
     config = cuda_forward(width, x.element_size())
     with torch.cuda.device(x.device):
         _C.fused_modulation_forward_cuda(
-            x, shift, scale, eps, y, mean, rstd, config.threads, config.vectors, _stream(x)
+            x, shift, scale, eps, modulated, stats, config.threads, config.vectors, _stream(x)
         )
-    return y, mean, rstd
+    return None, modulated, stats
 
 
 def backward(
-    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (B, L, E), dshift and dscale (B, E)."""
-    batch, length, width = x.shape
-    dx = x.new_empty(x.shape)
-    if not x.numel():
-        return dx, *(scale.new_zeros(scale.shape) for _ in range(2))
-    dshift, dscale = (x.new_empty((batch, width), dtype=torch.float32) for _ in range(2))
+    dmodulated: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+    stats: Tensor,
+    dresidual: None = None,
+    y: None = None,
+    gate: None = None,
+    index: None = None,
+    y_dtype: None = None,
+) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    """dx, dshift and dscale; stats as forward returned them. No gradients of a gate half."""
+    batch, length, width = residual.shape
+    dx = residual.new_empty(residual.shape)
+    if not residual.numel():
+        dshift, dscale = (scale.new_zeros(scale.shape) for _ in range(2))
+        return dx, dshift, dscale, None, None
+    sums = [residual.new_empty((batch, width), dtype=torch.float32) for _ in range(2)]
     rows = gpu_rows_per_chunk(length)
-    partials = x.new_empty((batch, -(-length // rows), 2, width), dtype=torch.float32)
-    config = cuda_backward(width, x.element_size())
-    with torch.cuda.device(x.device):
+    sizes = (batch, -(-length // rows), 2, 1, width)
+    partials = residual.new_empty(sizes, dtype=torch.float32)
+    config = cuda_backward(width, residual.element_size())
+    with torch.cuda.device(residual.device):
         _C.fused_modulation_backward_cuda(
-            _rows(dy),
-            _rows(x),
-            _vectors(scale, x),
-            mean.contiguous(),
-            rstd.contiguous(),
+            _rows(dmodulated),
+            _rows(residual),
+            _vectors(scale, residual),
+            stats.contiguous(),
             partials,
             rows,
             dx,
-            dshift,
-            dscale,
+            *sums,
             config.threads,
             config.vectors,
-            _stream(x),
+            _stream(residual),
         )
-    return dx, dshift.to(scale.dtype), dscale.to(scale.dtype)
+    dshift, dscale = (total.to(scale.dtype) for total in sums)
+    return dx, dshift, dscale, None, None
 
 
 def _rows(t: Tensor) -> Tensor:

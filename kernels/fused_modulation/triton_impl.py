@@ -1,7 +1,8 @@
-"""Layer norm and modulation in Triton: one program per row forward, per chunk of rows backward.
+"""Gated residual sum and adaptive layer norm in Triton: checks, allocations, launches.
 
-A row is read once and stays in registers. dshift and dscale are summed in the registers of a chunk,
-then over the chunks by a second kernel in a fixed order.
+The sums over tokens stay in the registers of a chunk's program; a second kernel adds up the chunks
+in a fixed order. Where a sample has several vectors, a program hands over its sums whenever the
+vector changes from one token to the next, which is rare: M costs no registers.
 """
 
 import os
@@ -9,14 +10,19 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from hunyuan_fast.kernels.fused_modulation.config import (
-    MAX_WIDTH,
+    MAX_VECTORS,
     gpu_rows_per_chunk,
     triton_backward,
     triton_forward,
+    triton_max_width,
+)
+from hunyuan_fast.kernels.fused_modulation.triton_kernels import (
+    backward_kernel,
+    forward_kernel,
+    reduce_kernel,
 )
 
 # No GPU has run these kernels yet.
@@ -25,219 +31,164 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _REDUCE_CHUNKS, _REDUCE_BLOCK = 16, 128
 
 
-@triton.jit
-def _forward_kernel(
-    x_ptr,
-    shift_ptr,
-    scale_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
-    length,
-    stride_xb,
-    stride_xl,
-    stride_shift,
-    stride_scale,
-    eps,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    # int64: a row may start past element 2^31.
-    row = tl.program_id(0).to(tl.int64)
-    b = row // length
-    l = row % length
-    e = tl.arange(0, BLOCK_E)
-    inside = e < E
-
-    x_row = x_ptr + b * stride_xb + l * stride_xl
-    x = tl.load(x_row + e, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    mean = tl.div_rn(tl.sum(x, axis=0), E * 1.0)
-    centred = tl.where(inside, x - mean, 0.0)
-    variance = tl.div_rn(tl.sum(centred * centred, axis=0), E * 1.0)
-    rstd = tl.rsqrt(variance + eps)
-
-    # Every program of the sample reads these again; they stay in the first-level cache.
-    scale = tl.load(scale_ptr + b * stride_scale + e, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + b * stride_shift + e, mask=inside, other=0.0).to(tl.float32)
-    y = centred * rstd * (1.0 + scale) + shift
-    tl.store(y_ptr + row * E + e, y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(mean_ptr + row, mean)
-    tl.store(rstd_ptr + row, rstd)
-
-
-@triton.jit
-def _backward_kernel(
-    dy_ptr,
-    x_ptr,
-    scale_ptr,
-    mean_ptr,
-    rstd_ptr,
-    dx_ptr,
-    partials_ptr,
-    length,
-    num_chunks,
-    chunk_rows,
-    stride_dyb,
-    stride_dyl,
-    stride_xb,
-    stride_xl,
-    stride_scale,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    chunk = tl.program_id(0).to(tl.int64)
-    b = chunk // num_chunks
-    first = (chunk % num_chunks) * chunk_rows
-    num_rows = tl.minimum(chunk_rows, length - first)
-    e = tl.arange(0, BLOCK_E)
-    inside = e < E
-
-    gain = 1.0 + tl.load(scale_ptr + b * stride_scale + e, mask=inside, other=0.0).to(tl.float32)
-    dshift = tl.zeros([BLOCK_E], dtype=tl.float32)
-    dscale = tl.zeros([BLOCK_E], dtype=tl.float32)
-    for step in range(num_rows):
-        l = first + step  # int64, which the counter of a loop need not be
-        row = b * length + l
-        dy_row = dy_ptr + b * stride_dyb + l * stride_dyl
-        x_row = x_ptr + b * stride_xb + l * stride_xl
-        dy = tl.load(dy_row + e, mask=inside, other=0.0, eviction_policy="evict_first")
-        x = tl.load(x_row + e, mask=inside, other=0.0, eviction_policy="evict_first")
-        dy = dy.to(tl.float32)
-        mean = tl.load(mean_ptr + row)
-        rstd = tl.load(rstd_ptr + row)
-        normed = tl.where(inside, (x.to(tl.float32) - mean) * rstd, 0.0)
-        g = dy * gain
-        mean_g = tl.sum(g, axis=0) * (1.0 / E)
-        mean_gn = tl.sum(g * normed, axis=0) * (1.0 / E)
-        dx = (g - mean_g - normed * mean_gn) * rstd
-        tl.store(dx_ptr + row * E + e, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        dshift += dy
-        dscale += dy * normed
-    partial = partials_ptr + chunk * 2 * E + e
-    tl.store(partial, dshift, mask=inside)
-    tl.store(partial + E, dscale, mask=inside)
-
-
-@triton.jit
-def _reduce_kernel(
-    partials_ptr,
-    dshift_ptr,
-    dscale_ptr,
-    num_chunks,
-    E: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    # partials (B, num_chunks, 2, E) -> dshift, dscale (B, E)
-    blocks = tl.cdiv(E, BLOCK_E)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    e = (tl.program_id(0) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
-    inside = e < E
-    dshift = tl.zeros([BLOCK_E], dtype=tl.float32)
-    dscale = tl.zeros([BLOCK_E], dtype=tl.float32)
-    for start in range(0, num_chunks, BLOCK_CHUNKS):
-        chunk = start + tl.arange(0, BLOCK_CHUNKS)
-        partial = partials_ptr + (b * num_chunks + chunk)[:, None] * (2 * E) + e[None, :]
-        mask = (chunk < num_chunks)[:, None] & inside[None, :]
-        dshift += tl.sum(tl.load(partial, mask=mask, other=0.0), axis=0)
-        dscale += tl.sum(tl.load(partial + E, mask=mask, other=0.0), axis=0)
-    tl.store(dshift_ptr + b * E + e, dshift, mask=inside)
-    tl.store(dscale_ptr + b * E + e, dscale, mask=inside)
-
-
-def supports(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> str | None:
+def supports(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+    index: Tensor | None = None,
+) -> str | None:
     """None, or why the Triton kernels cannot answer this call."""
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"x must be on a CUDA device, it is on {x.device}"
     if x.dtype not in _DTYPES:
         return f"x must be float32, bfloat16 or float16, it is {x.dtype}"
-    if x.shape[-1] > MAX_WIDTH:
-        return f"the width E must be at most {MAX_WIDTH}, it is {x.shape[-1]}"
+    both = scale is not None and gate is not None
+    widest = triton_max_width(x.element_size(), both=both)
+    if x.shape[-1] > widest:
+        what = " with gate and norm at once" if both else ""
+        return f"the width E must be at most {widest}{what}, it is {x.shape[-1]}"
+    if index is not None:
+        num_vectors = (gate if scale is None else scale).shape[1]  # type: ignore[union-attr]
+        if num_vectors > MAX_VECTORS:
+            return f"a sample may have at most {MAX_VECTORS} vectors, M is {num_vectors}"
     return None
 
 
-def forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, L, E) and the mean and reciprocal standard deviation of every row (B, L)."""
+def forward(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+    index: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """residual and modulated (B, L, E), and stats (2, B, L): mean and rstd of every row."""
     batch, length, width = x.shape
-    y = x.new_empty(x.shape)
-    mean, rstd = (x.new_empty((batch, length), dtype=torch.float32) for _ in range(2))
+    residual = None if gate is None else x.new_empty(x.shape)
+    modulated = stats = mean = rstd = None
+    if scale is not None:
+        modulated = x.new_empty(x.shape)
+        stats = x.new_empty((2, batch, length), dtype=torch.float32)
+        mean, rstd = stats
     if not x.numel():
-        return y, mean, rstd
-    x, shift, scale = (_rows(t) for t in (x, shift, scale))
+        return residual, modulated, stats
+    x, y, gate, shift, scale = (_rows(t) for t in (x, y, gate, shift, scale))
     config = triton_forward(width)
     with _device_of(x):
-        _forward_kernel[(batch * length,)](
+        forward_kernel[(batch * length,)](
             x,
+            y,
+            gate,
             shift,
             scale,
-            y,
+            index,
+            residual,
+            modulated,
             mean,
             rstd,
             length,
-            x.stride(0),
-            x.stride(1),
-            shift.stride(0),
-            scale.stride(0),
+            *_strides(x, y, gate, shift, scale, index),
             eps,
             E=width,
             BLOCK_E=config.block,
             num_warps=config.num_warps,
         )
-    return y, mean, rstd
+    return residual, modulated, stats
 
 
 def backward(
-    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (B, L, E), dshift and dscale (B, E)."""
+    dmodulated: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    stats: Tensor | None,
+    dresidual: Tensor | None = None,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+    index: Tensor | None = None,
+    y_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, ...]:
+    """dx, dshift, dscale, dy and dgate; stats as forward returned them."""
+    x = dresidual if residual is None else residual
+    vectors = gate if scale is None else scale
+    assert x is not None and vectors is not None
     batch, length, width = x.shape
-    dx = x.new_empty(x.shape)
+    new_vectors = vectors.new_empty if x.numel() else vectors.new_zeros
+    dx = None if scale is None else x.new_empty(x.shape)
+    dshift, dscale = (None if scale is None else new_vectors(scale.shape) for _ in range(2))
+    dy = None if y_dtype is None else x.new_empty(x.shape, dtype=y_dtype)
+    dgate = None if y is None else new_vectors(vectors.shape)
     if not x.numel():
-        return dx, *(scale.new_zeros(scale.shape) for _ in range(2))
-    dy, x, scale = (_rows(t) for t in (dy, x, scale))
-    mean, rstd = mean.contiguous(), rstd.contiguous()
-    rows = gpu_rows_per_chunk(length)
+        return dx, dshift, dscale, dy, dgate
+    mean, rstd = (None, None) if stats is None else stats
+    num_vectors = 1 if index is None else vectors.shape[1]
+    rows = gpu_rows_per_chunk(length, num_vectors)
     num_chunks = triton.cdiv(length, rows)
-    partials = x.new_empty((batch, num_chunks, 2, width), dtype=torch.float32)
-    dshift, dscale = (x.new_empty((batch, width), dtype=torch.float32) for _ in range(2))
-    config = triton_backward(width)
+    num_sums = 2 * (scale is not None) + (y is not None)
+    # A chunk adds to the sums of the vectors that it meets, and leaves those of the others at zero.
+    new_partials = x.new_empty if index is None else x.new_zeros
+    sizes = (batch, num_chunks, num_sums, num_vectors, width)
+    partials = new_partials(sizes, dtype=torch.float32) if num_sums else None
+    grads = (_rows(dresidual), _rows(dmodulated))
+    residual, y, gate, scale = (_rows(t) for t in (residual, y, gate, scale))
+    config = triton_backward(width, both=scale is not None and gate is not None)
     with _device_of(x):
-        _backward_kernel[(batch * num_chunks,)](
-            dy,
-            x,
+        backward_kernel[(batch * num_chunks,)](
+            *grads,
+            residual,
+            y,
+            gate,
             scale,
-            mean,
-            rstd,
+            index,
+            None if mean is None else mean.contiguous(),
+            None if rstd is None else rstd.contiguous(),
             dx,
+            dy,
             partials,
             length,
             num_chunks,
             rows,
-            dy.stride(0),
-            dy.stride(1),
-            x.stride(0),
-            x.stride(1),
-            scale.stride(0),
+            num_vectors,
+            *_strides(*grads, residual, y, gate, scale, index),
             E=width,
             BLOCK_E=config.block,
             num_warps=config.num_warps,
         )
-        _reduce_kernel[(batch * triton.cdiv(width, _REDUCE_BLOCK),)](
-            partials,
-            dshift,
-            dscale,
-            num_chunks,
-            E=width,
-            BLOCK_CHUNKS=_REDUCE_CHUNKS,
-            BLOCK_E=_REDUCE_BLOCK,
-            num_warps=4,
-        )
-    return dx, dshift.to(scale.dtype), dscale.to(scale.dtype)
+        if partials is not None:
+            columns = num_vectors * width
+            reduce_kernel[(batch * triton.cdiv(columns, _REDUCE_BLOCK),)](
+                partials,
+                dshift,
+                dscale,
+                dgate,
+                num_chunks,
+                columns,
+                BLOCK_CHUNKS=_REDUCE_CHUNKS,
+                BLOCK_E=_REDUCE_BLOCK,
+                num_warps=4,
+            )
+    return dx, dshift, dscale, dy, dgate
 
 
-def _rows(t: Tensor) -> Tensor:
+def _rows(t: Tensor | None) -> Tensor | None:
     """The tensor with its last dimension contiguous; the other strides may be any."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def _strides(*tensors: Tensor | None) -> list[int]:
+    """Two for each: of rows (b, l), of vectors (b, m), of an index (b, l); zeros for None."""
+    steps: list[int] = []
+    for t in tensors:
+        if t is None:
+            steps += (0, 0)
+        elif t.dim() == 2 and t.is_floating_point():
+            steps += (t.stride(0), 0)
+        else:
+            steps += t.stride()[:2]
+    return steps
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[object]:

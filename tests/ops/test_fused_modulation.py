@@ -8,27 +8,23 @@ import sys
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
-from torch.library import opcheck
 
-from hunyuan_fast.dispatch import explain, implementations, select, use
-from hunyuan_fast.kernels.fused_modulation import reference
+from hunyuan_fast.dispatch import implementations, use
 from hunyuan_fast.ops import layer_norm_modulate
 from tests.kit.inputs import FAMILIES, LAYOUTS, draw, with_layout
 from tests.kit.memory import far_apart
 from tests.kit.numerics import assert_as_good_as, assert_equal, assert_rounded_once
+from tests.ops.fused_modulation_cases import (
+    DTYPES,
+    ON_CPU,
+    ROOM,
+    each_dtype,
+    each_implementation,
+    each_quick_implementation,
+)
 
-ROOM = "fused_modulation"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows of every length modulo the vector widths; 3072 is the model's.
 WIDTHS = (7, 64, 127, 1023, 3071, 3072, 3073)
-# Where there is a GPU, Triton compiles its kernels and refuses tensors on the CPU.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NOT_ON_CPU = {"cuda_impl"} if INTERPRETED else {"cuda_impl", "triton_impl"}
-ON_CPU = tuple(name for name in implementations(ROOM) if name not in NOT_ON_CPU)
-
-each_implementation = pytest.mark.parametrize("name", ON_CPU)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
 def inputs(
@@ -86,7 +82,7 @@ def test_reference_gradients_by_finite_differences(generator):
 
 @each_dtype
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", [name for name in ON_CPU if name != "triton_impl"])
+@each_quick_implementation
 def test_values_far_from_normal(name, family, dtype, generator):
     args = inputs((3, 7, 3072), generator, dtype, family)
     assert_right(run(name, args), args)
@@ -101,7 +97,7 @@ def test_every_width(name, width, dtype, generator):
     assert_right(run(name, args), args)
 
 
-@pytest.mark.parametrize("name", [name for name in ON_CPU if name != "triton_impl"])
+@each_quick_implementation
 def test_random_shapes(name, generator):
     for _ in range(10):
         draws = [int(torch.randint(1, high, (), generator=generator)) for high in (5, 40, 8192)]
@@ -229,13 +225,13 @@ def test_implementations_exchange_statistics(generator):
     args = [x, shift, scale, dy]
     exact, same = plain(args, torch.float64), plain(args, torch.bfloat16)
     for first, second in itertools.permutations(usable, 2):
-        _, mean, rstd = first.forward(x, shift, scale, 1e-6)
-        assert mean.dtype == rstd.dtype == torch.float32
-        for index, got in enumerate(second.backward(dy, x, scale, mean, rstd), 1):
+        _, _, stats = first.forward(x, shift, scale, 1e-6)
+        assert stats.dtype == torch.float32 and stats.shape == (2, 2, 6)
+        for index, got in enumerate(second.backward(dy, x, scale, stats)[:3], 1):
             assert_as_good_as(got, exact[index], same[index])
 
 
-@pytest.mark.parametrize("name", [name for name in ON_CPU if name != "triton_impl"])
+@each_quick_implementation
 def test_the_same_bits_at_every_run(name, generator):
     args = inputs((2, 300, 257), generator, torch.bfloat16)
     first = run(name, args)
@@ -264,8 +260,9 @@ def test_cpu_kernels_do_not_depend_on_the_number_of_threads(generator):
 def test_lower_instruction_sets(isa):
     pytest.importorskip("hunyuan_fast._C")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        + ["-k", "cpu_impl and (every_width or bad_row)"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        + [__file__, __file__.replace(".py", "_gate.py")]
+        + ["-k", "cpu_impl and (every_width or bad_row or by_index or 16_bits)"],
         env={**os.environ, "HUNYUAN_FAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -288,90 +285,3 @@ def test_gradients_of_some_inputs_only(name, needed, generator):
             assert_equal(leaf.grad, whole[index])
         else:
             assert leaf.grad is None
-
-
-def test_second_derivative_is_refused(generator):
-    x, shift, scale, _ = inputs((1, 2, 8), generator)
-    (dx,) = torch.autograd.grad(
-        layer_norm_modulate(x.requires_grad_(), shift, scale).sum(), x, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="layer_norm_modulate has no second derivative"):
-        dx.sum().backward()
-
-
-@pytest.mark.parametrize("enabled", [torch.bfloat16, torch.float16], ids=str)
-@each_dtype
-def test_autocast_changes_nothing(dtype, enabled, generator):
-    args = inputs((2, 4, 48), generator, dtype)
-    outside = run("reference", args)
-    with torch.autocast("cpu", enabled):
-        inside = run("reference", args)
-    for got, wanted in zip(inside, outside, strict=True):
-        assert_equal(got, wanted)
-
-
-@each_implementation
-def test_registration(name, generator):
-    x, shift, scale, dy = inputs((1, 2, 16), generator, torch.bfloat16)
-    with use(name, ROOM):
-        _, mean, rstd = select(ROOM, x, shift, scale, 1e-6).forward(x, shift, scale, 1e-6)
-        leaves = [t.clone().requires_grad_() for t in (x, shift, scale)]
-        opcheck(torch.ops.hunyuan_fast.layer_norm_modulate.default, (*leaves, 1e-6))
-        backward = torch.ops.hunyuan_fast.layer_norm_modulate_bwd.default
-        opcheck(backward, (dy, x, scale, mean, rstd, 1e-6))
-
-
-def test_compiles_whole_and_once_for_three_lengths(generator):
-    counter = CompileCounter()
-    compiled = torch.compile(layer_norm_modulate, fullgraph=True, backend=counter)
-    for length in (6, 10, 14):
-        x, shift, scale, _ = inputs((2, length, 24), generator)
-        torch._dynamo.mark_dynamic(x, 1)
-        assert_equal(compiled(x, shift, scale), layer_norm_modulate(x, shift, scale))
-    assert counter.frame_count == 1
-
-
-def test_compiled_gradients(generator):
-    *tensors, dy = inputs((2, 6, 24), generator, torch.bfloat16)
-    compiled = torch.compile(layer_norm_modulate, fullgraph=True, backend="aot_eager")
-    leaves = [t.requires_grad_() for t in tensors]
-    grads = [torch.autograd.grad(f(*leaves), leaves, dy) for f in (compiled, layer_norm_modulate)]
-    for got, wanted in zip(*grads, strict=True):
-        assert_equal(got, wanted)
-
-
-X, VECTOR = torch.zeros(2, 3, 4), torch.zeros(2, 4)
-REFUSALS = {
-    "x_not_a_tensor": (([1.0], VECTOR, VECTOR), {}, TypeError, "x must be a tensor, got list"),
-    "x_integer": ((X.int(), VECTOR, VECTOR), {}, TypeError, "x must be float32.*got torch.int32"),
-    "x_flat": ((X[0], VECTOR, VECTOR), {}, ValueError, r"x must be \(B, L, E\).*\(3, 4\)"),
-    "x_without_width": ((X[..., :0], VECTOR[:, :0], VECTOR[:, :0]), {}, ValueError, "at least 1"),
-    "shift_missing": ((X, None, VECTOR), {}, TypeError, "shift must be a tensor, got NoneType"),
-    "scale_integer": ((X, VECTOR, VECTOR.long()), {}, TypeError, "scale must be float32.*int64"),
-    "one_vector_for_all": ((X, VECTOR[0], VECTOR), {}, ValueError, r"shift must be \(B, E\)"),
-    "other_batch": ((X, VECTOR, VECTOR[:1]), {}, ValueError, r"scale.*\(2, 4\).*got \(1, 4\)"),
-    "mixed_vectors": ((X, VECTOR, VECTOR.half()), {}, TypeError, "shift must have the dtype of sc"),
-    "double_vector": ((X, VECTOR.double(), VECTOR), {}, TypeError, "shift and x must both be flo"),
-    "double_x": ((X.double(), VECTOR, VECTOR), {}, TypeError, "both be float64 or neither"),
-    "other_device": ((X, VECTOR.to("meta"), VECTOR), {}, ValueError, "shift must be on the devic"),
-    "eps_zero": ((X, VECTOR, VECTOR), {"eps": 0.0}, ValueError, "eps must be positive.*got 0.0"),
-    "eps_nan": ((X, VECTOR, VECTOR), {"eps": float("nan")}, ValueError, "eps must be positive"),
-    "eps_text": ((X, VECTOR, VECTOR), {"eps": "1e-6"}, TypeError, "eps must be a number, got str"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_refusals(case):
-    args, kwargs, error, words = REFUSALS[case]
-    with pytest.raises(error, match=words):
-        layer_norm_modulate(*args, **kwargs)
-
-
-def test_who_answers_on_the_cpu():
-    args = reference.example(torch.device("cpu"))
-    reasons = explain(ROOM, *args)
-    assert reasons["reference"] is None
-    assert reasons["cuda_impl"] is not None
-    assert reasons["triton_impl"] is not None
-    if "cpu_impl" in implementations(ROOM):
-        assert select(ROOM, *args) is implementations(ROOM)["cpu_impl"]
