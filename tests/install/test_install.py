@@ -138,7 +138,8 @@ def test_the_wheel_works_in_a_clean_environment(wheel, borrowed, tmp_path):
     assert "generate" in env.command("python", "-m", "hunyuan_fast", "--help")
 
     video = tmp_path / "out.mp4"
-    env.command("hunyuan-fast", "generate", "a red circle moving right", "-o", video, "--steps", "2")
+    words = ("generate", "a red circle moving right", "-o", video, "--steps", "2")
+    env.command("hunyuan-fast", *words)
     assert video.stat().st_size > 1000
 
 
