@@ -1,35 +1,19 @@
-"""Self-attention against torch's, one sample at a time, with rotation as complex multiplication."""
+"""Self-attention against torch's, one sample at a time."""
 
-import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from hunyuan_fast.modules.attention import self_attention, split_heads
-from hunyuan_fast.modules.rotary import Tables, rotary_tables
-
-GRID, DIMS = (2, 2, 3), (4, 6, 6)
+from hunyuan_fast.modules.attention import attend, split_heads
 
 
-def rotated(x: Tensor, tables: Tables) -> Tensor:
-    turn = torch.complex(*(table[:, None, ::2].double() for table in tables))
-    video = torch.view_as_complex(x[: len(turn)].double().unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(video * turn).flatten(-2).to(x.dtype)
-    return torch.cat((turned, x[len(turn) :]))
-
-
-@pytest.mark.parametrize("rotate", [True, False])
-def test_equals_torch_per_sample(generator, rotate):
-    tables = rotary_tables(GRID, DIMS, 256.0, torch.device("cpu")) if rotate else None
+def test_equals_torch_per_sample(generator):
     q, k, v = torch.randn(3, 2, 17, 3, 16, generator=generator)
     kv_len = torch.tensor([17, 13], dtype=torch.int32)
-    joined = self_attention(q, k, v, kv_len, tables)
+    joined = attend(q, k, v, kv_len)
 
     for i, valid in enumerate(kv_len.tolist()):
-        sample = [x[i, :valid] for x in (q, k, v)]
-        if tables is not None:
-            sample[:2] = [rotated(x, tables) for x in sample[:2]]
-        expected = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in sample))
+        sample = (x[i, :valid].transpose(0, 1) for x in (q, k, v))
+        expected = F.scaled_dot_product_attention(*sample)
         torch.testing.assert_close(joined[i, :valid], expected.transpose(0, 1).flatten(1))
         assert not joined[i, valid:].any()
 
