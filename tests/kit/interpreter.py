@@ -175,9 +175,8 @@ def _undefine_masked_lanes() -> None:
     """Lanes masked off in a load without ``other`` hold NaN or the largest integer."""
     masked_load = _Builder.create_masked_load
 
-    def repaired_masked_load(
-        self: Any, ptrs: Any, mask: Any, other: Any, cache_policy: Any, is_volatile: Any
-    ) -> Any:
+    # what else is given differs between releases of Triton
+    def repaired_masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *options: Any) -> Any:
         if other is None:
             dtype = ptrs.get_element_ty()
             np_dtype = triton_interpreter._get_np_dtype(dtype)
@@ -190,7 +189,7 @@ def _undefine_masked_lanes() -> None:
             else:
                 garbage = np.ones(ptrs.data.shape, np_dtype)
             other = _Handle(garbage, dtype)
-        return masked_load(self, ptrs, mask, other, cache_policy, is_volatile)
+        return masked_load(self, ptrs, mask, other, *options)
 
     _Builder.create_masked_load = repaired_masked_load
 
