@@ -38,4 +38,17 @@ char const* name_of(DType dtype) {
     return "unknown";
 }
 
+int64_t element_size(DType dtype) {
+    switch (dtype) {
+        case DType::f64:
+        case DType::i64: return 8;
+        case DType::f32:
+        case DType::i32: return 4;
+        case DType::f16:
+        case DType::bf16: return 2;
+        case DType::u8: return 1;
+    }
+    return 0;
+}
+
 }  // namespace hunyuan_fast

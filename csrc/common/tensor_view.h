@@ -30,5 +30,6 @@ struct TensorView {
 };
 
 char const* name_of(DType dtype);
+int64_t element_size(DType dtype);  // in bytes
 
 }  // namespace hunyuan_fast

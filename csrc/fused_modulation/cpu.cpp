@@ -27,21 +27,23 @@ CpuKernels kernels(Kind const& kind) {
     }
 }
 
-// Vectors of 16 bits are few beside the rows that meet them: they become floats once, ahead of all rows.
+// Vectors are few beside the rows that meet them: they become floats, in the order of the rows, once and ahead
+// of all rows.
 class Floats {
 public:
     Floats(Kind const& kind, CpuKernels const& run, Sizes const& sizes) : kind_(kind), run_(run), sizes_(sizes) {}
 
-    void widen(Vectors& vectors) {
-        if (vectors.data == nullptr || kind_.vector == DType::f32) return;
+    void prepare(Vectors& vectors) {
+        bool const ready = kind_.vector == DType::f32 && kind_.x != DType::bf16;
+        if (vectors.data == nullptr || ready) return;
         int64_t const per_sample = sizes_.M * sizes_.E;
         auto& room = rooms_[used_++];
         room.reset(new float[size_t(sizes_.B * per_sample)]);
         for (int64_t b = 0; b < sizes_.B; ++b) {
             for (int64_t m = 0; m < sizes_.M; ++m) {
-                auto const* from = static_cast<uint16_t const*>(vectors.data);
-                run_.widen(from + b * vectors.stride_b + m * vectors.stride_m,
-                           room.get() + b * per_sample + m * sizes_.E, sizes_.E);
+                auto const* from = static_cast<char const*>(vectors.data);
+                run_.prepare(from + (b * vectors.stride_b + m * vectors.stride_m) * element_size(kind_.vector),
+                             room.get() + b * per_sample + m * sizes_.E, sizes_.E);
             }
         }
         vectors = {room.get(), per_sample, sizes_.E};
@@ -60,7 +62,7 @@ private:
 void forward_cpu(Kind const& kind, ForwardParams params, int num_threads) {
     CpuKernels const run = kernels(kind);
     Floats floats(kind, run, params.sizes);
-    for (Vectors* each : {&params.gate, &params.shift, &params.scale}) floats.widen(*each);
+    for (Vectors* each : {&params.gate, &params.shift, &params.scale}) floats.prepare(*each);
     int64_t const rows = params.sizes.B * params.sizes.L;
     parallel_for(rows, items_per_piece(rows, params.sizes.E), num_threads,
                  [&](int64_t first, int64_t last) { run.forward_rows(params, first, last); });
@@ -69,12 +71,12 @@ void forward_cpu(Kind const& kind, ForwardParams params, int num_threads) {
 void backward_cpu(Kind const& kind, BackwardParams params, int num_threads) {
     CpuKernels const run = kernels(kind);
     Floats floats(kind, run, params.sizes);
-    for (Vectors* each : {&params.gate, &params.scale}) floats.widen(*each);
+    for (Vectors* each : {&params.gate, &params.scale}) floats.prepare(*each);
     int64_t const chunks = params.sizes.B * params.chunks;
     parallel_for(chunks, items_per_piece(chunks, params.chunk_rows * params.sizes.E), num_threads,
                  [&](int64_t first, int64_t last) { run.backward_chunks(params, first, last); });
-    parallel_for(params.sizes.M * params.sizes.E, kColumnsPerPiece, num_threads,
-                 [&](int64_t first, int64_t last) { run.reduce_columns(params, first, last); });
+    parallel_for(params.sizes.M * blocks_of(params.sizes.E), 1, num_threads,
+                 [&](int64_t first, int64_t last) { run.reduce_blocks(params, first, last); });
 }
 
 }  // namespace hunyuan_fast::fused_modulation

@@ -9,6 +9,8 @@ namespace hunyuan_fast::fused_modulation {
 // Columns of the vectors' gradients that are added up at a time.
 constexpr int64_t kColumnsPerPiece = 512;
 
+inline int64_t blocks_of(int64_t E) { return (E + kColumnsPerPiece - 1) / kColumnsPerPiece; }
+
 // What a call is made of. y without a gate half, and vector without any, may be anything.
 struct Kind {
     DType x = DType::f32;
@@ -19,12 +21,12 @@ struct Kind {
 };
 
 // The kernels of a kind. Each works on the half-open range [begin, end) of its items; ranges may run at
-// the same time. Forward and backward read vectors as floats, reduce writes them as the kind has them.
+// the same time. Forward and backward read vectors as `prepare` makes them; fp32 beside rows that are not bf16 needs none.
 struct CpuKernels {
     void (*forward_rows)(ForwardParams const&, int64_t begin, int64_t end);
     void (*backward_chunks)(BackwardParams const&, int64_t begin, int64_t end);
-    void (*reduce_columns)(BackwardParams const&, int64_t begin, int64_t end);
-    void (*widen)(void const* vector, float* out, int64_t count);
+    void (*reduce_blocks)(BackwardParams const&, int64_t begin, int64_t end);
+    void (*prepare)(void const* vector, float* out, int64_t E);
 };
 
 // One per instruction set; the first two exist where HUNYUAN_FAST_X86 is defined.

@@ -3,20 +3,19 @@
 // Memory is the floor: a row is read from it once, further passes find it in the first-level cache. The
 // variance takes a pass of its own, over centred values: a large offset of x cannot spoil it. The residual
 // is normalised as it was rounded, so that backward, which has nothing else, sees the same row.
+//
+// X is the type of the rows, and its order (common/simd_pair.h) that of the vectors and of the sums for their
+// gradients. Y is the type of y, in the order of X.
 #pragma once
 
 #include <cmath>
 
-#include "common/simd.h"
+#include "common/simd_pair.h"
 #include "fused_modulation/cpu.h"
 
 namespace hunyuan_fast::fused_modulation::HUNYUAN_FAST_ISA {
 
 using namespace hunyuan_fast::HUNYUAN_FAST_ISA;
-
-// Independent sums, so that consecutive additions do not wait for each other.
-constexpr int kSums = 4;
-constexpr int64_t kBlock = kSums * kLanes;
 
 // sum_lanes, in its order, without the way through memory: a short row has little else to do.
 #if defined(__AVX2__)
@@ -43,9 +42,13 @@ inline double total(Vec v) {
 inline double total(Vec v) { return sum_lanes(v); }
 #endif
 
+// Independent sums, so that consecutive additions do not wait for each other.
 struct Sum {
-    Vec part[kSums] = {};
-    double mean(int64_t count) const { return total((part[0] + part[1]) + (part[2] + part[3])) / double(count); }
+    Pair part[2];
+    double mean(int64_t count) const {
+        Pair const both = part[0] + part[1];
+        return total(both.a + both.b) / double(count);
+    }
 };
 
 template <class T>
@@ -57,74 +60,45 @@ inline float const* vector_of(Vectors const& vectors, int64_t b, int64_t m) {
     return static_cast<float const*>(vectors.data) + b * vectors.stride_b + m * vectors.stride_m;
 }
 
-// Calls body(offset, which sum) for every whole vector of a row, then tail(offset, count) for the rest.
-template <class Body, class Tail>
-inline void for_each_vector(int64_t E, Body body, Tail tail) {
-    int64_t e = 0;
-    for (; e + kBlock <= E; e += kBlock) {
-        for (int k = 0; k < kSums; ++k) body(e + k * kLanes, k);
-    }
-    for (; e + kLanes <= E; e += kLanes) body(e, 0);
-    if (e < E) tail(e, E - e);
-}
-
-template <class T>
-Sum sum_of_row(typename T::Storage const* x, int64_t E) {
-    T const type;
+template <class X>
+Sum sum_of_row(typename X::Storage const* x, int64_t E) {
     Sum sum;
-    for_each_vector(
-        E,
-        [&](int64_t e, int k) { sum.part[k] += load(type, x + e); },
-        [&](int64_t e, int64_t n) { sum.part[0] += load_tail(type, x + e, n); });
+    for_each_pair(E, [&](int64_t e, int k, auto lanes) { sum.part[k] = sum.part[k] + load(X{}, x + e, lanes); });
     return sum;
 }
 
 // Writes x + gate * y and returns the sum of what was written, in the order of sum_of_row.
 template <class X, class Y>
 Sum gate_row(ForwardParams const& p, int64_t b, int64_t l, int64_t m) {
-    X const x_type;
-    Y const y_type;
-    Float32 const f32;
     auto const* x = row_of<X>(p.x, b, l);
     auto const* y = row_of<Y>(p.y, b, l);
     float const* gate = vector_of(p.gate, b, m);
     auto* residual = row_of<X>(p.residual, b, l);
     Sum sum;
-    for_each_vector(
-        p.sizes.E,
-        [&](int64_t e, int k) {
-            store(x_type, residual + e, load(x_type, x + e) + load(f32, gate + e) * load(y_type, y + e));
-            sum.part[k] += load(x_type, residual + e);
-        },
-        [&](int64_t e, int64_t n) {
-            Vec const gated = load_tail(f32, gate + e, n) * load_tail(y_type, y + e, n);
-            store_tail(x_type, residual + e, load_tail(x_type, x + e, n) + gated, n);
-            sum.part[0] += load_tail(x_type, residual + e, n);
-        });
+    for_each_pair(p.sizes.E, [&](int64_t e, int k, auto lanes) {
+        Pair const gated = load(Float32{}, gate + e, lanes) * load(Y{}, y + e, lanes);
+        Pair const written = store(X{}, residual + e, load(X{}, x + e, lanes) + gated, lanes);
+        sum.part[k] = sum.part[k] + written;
+    });
     return sum;
 }
 
-template <class T>
-void normalise_row(ForwardParams const& p, int64_t b, int64_t l, int64_t m, typename T::Storage const* x,
+template <class X>
+void normalise_row(ForwardParams const& p, int64_t b, int64_t l, int64_t m, typename X::Storage const* x,
                    Sum const& sum) {
-    T const type;
-    Float32 const f32;
     int64_t const E = p.sizes.E;
-    auto* y = row_of<T>(p.modulated, b, l);
+    auto* y = row_of<X>(p.modulated, b, l);
     float const* shift = vector_of(p.shift, b, m);
     float const* scale = vector_of(p.scale, b, m);
     float const mean = float(sum.mean(E));
 
     Sum centred;
     Sum squares;
-    auto const accumulate = [&](Vec c, int k) {
-        centred.part[k] += c;
-        squares.part[k] += c * c;
-    };
-    for_each_vector(
-        E,
-        [&](int64_t e, int k) { accumulate(load(type, x + e) - mean, k); },
-        [&](int64_t e, int64_t n) { accumulate(keep_lanes(load_tail(type, x + e, n) - mean, n), 0); });
+    for_each_pair(E, [&](int64_t e, int k, auto lanes) {
+        Pair const c = keep(load(X{}, x + e, lanes) - mean, lanes);
+        centred.part[k] = centred.part[k] + c;
+        squares.part[k] = squares.part[k] + c * c;
+    });
     // What rounding the mean to a float left over: it counts where |mean| is far above the deviation.
     double const rest = centred.mean(E);
     double const variance = squares.mean(E) - rest * rest;
@@ -132,19 +106,11 @@ void normalise_row(ForwardParams const& p, int64_t b, int64_t l, int64_t m, type
     float const rstd = float(1.0 / std::sqrt((variance < 0 ? 0 : variance) + p.eps));
     float const offset = float(-rest) * rstd;
 
-    auto const modulated = [&](Vec value, Vec gain, Vec add) {
-        return ((value - mean) * rstd + offset) * (1.0f + gain) + add;
-    };
-    for_each_vector(
-        E,
-        [&](int64_t e, int) {
-            store(type, y + e, modulated(load(type, x + e), load(f32, scale + e), load(f32, shift + e)));
-        },
-        [&](int64_t e, int64_t n) {
-            Vec const add = load_tail(f32, shift + e, n);
-            Vec const gain = load_tail(f32, scale + e, n);
-            store_tail(type, y + e, modulated(load_tail(type, x + e, n), gain, add), n);
-        });
+    for_each_pair(E, [&](int64_t e, int, auto lanes) {
+        Pair const normed = (load(X{}, x + e, lanes) - mean) * rstd + offset;
+        Pair const gain = load(Float32{}, scale + e, lanes) + 1.0f;
+        store(X{}, y + e, normed * gain + load(Float32{}, shift + e, lanes), lanes);
+    });
     p.mean[b * p.sizes.L + l] = float(double(mean) + rest);
     p.rstd[b * p.sizes.L + l] = rstd;
 }
@@ -172,6 +138,11 @@ struct VectorSums {
     float* dgate;
 };
 
+template <class Lanes>
+inline void add_to(float* sums, Pair v, Lanes lanes) {
+    store(Float32{}, sums, load(Float32{}, sums, lanes) + v, lanes);
+}
+
 // From the gradient of the residual to those of y and gate.
 template <class Y>
 struct GateRow {
@@ -186,101 +157,61 @@ struct GateRow {
           gate(vector_of(p.gate, b, m)),
           dgate(sums.dgate) {}
 
-    void whole(int64_t e, Vec d) const {
-        Float32 const f32;
-        if (dy) store(Y{}, dy + e, load(f32, gate + e) * d);
-        if (y) store(f32, dgate + e, load(f32, dgate + e) + d * load(Y{}, y + e));
-    }
-    void tail(int64_t e, int64_t n, Vec d) const {
-        Float32 const f32;
-        if (dy) store_tail(Y{}, dy + e, load_tail(f32, gate + e, n) * d, n);
-        if (y) store_tail(f32, dgate + e, load_tail(f32, dgate + e, n) + d * load_tail(Y{}, y + e, n), n);
+    template <class Lanes>
+    void operator()(int64_t e, Pair d, Lanes lanes) const {
+        if (dy) store(Y{}, dy + e, load(Float32{}, gate + e, lanes) * d, lanes);
+        if (y) add_to(dgate + e, d * load(Y{}, y + e, lanes), lanes);
     }
 };
 
 template <class X, class Y>
 void backward_gate_row(BackwardParams const& p, int64_t b, int64_t l, int64_t m, VectorSums const& sums) {
-    X const type;
     auto const* d = row_of<X>(p.dresidual, b, l);
     GateRow<Y> const gate(p, b, l, m, sums);
-    for_each_vector(
-        p.sizes.E,
-        [&](int64_t e, int) { gate.whole(e, load(type, d + e)); },
-        [&](int64_t e, int64_t n) { gate.tail(e, n, load_tail(type, d + e, n)); });
+    for_each_pair(p.sizes.E, [&](int64_t e, int, auto lanes) { gate(e, load(X{}, d + e, lanes), lanes); });
 }
 
 // Writes a row of dx, and of dy where there is a gate, and adds what the row gives to the sums.
 template <class X, class Y, bool kGate>
 void backward_norm_row(BackwardParams const& p, int64_t b, int64_t l, int64_t m, VectorSums const& sums) {
-    X const type;
-    Float32 const f32;
     int64_t const E = p.sizes.E;
     auto const* x = row_of<X>(p.residual, b, l);
     auto const* dy = row_of<X>(p.dmodulated, b, l);
     auto* dx = row_of<X>(p.dx, b, l);
-    float* dshift = sums.dshift;
-    float* dscale = sums.dscale;
     float const* scale = vector_of(p.scale, b, m);
     float const mean = p.mean[b * p.sizes.L + l];
     float const rstd = p.rstd[b * p.sizes.L + l];
 
     Sum sum_g;
     Sum sum_gn;
-    auto const accumulate = [&](Vec d, Vec normed, Vec gain, int k) {
-        Vec const g = d * (1.0f + gain);
-        sum_g.part[k] += g;
-        sum_gn.part[k] += g * normed;
-    };
-    for_each_vector(
-        E,
-        [&](int64_t e, int k) {
-            Vec const d = load(type, dy + e);
-            Vec const normed = (load(type, x + e) - mean) * rstd;
-            store(f32, dshift + e, load(f32, dshift + e) + d);
-            store(f32, dscale + e, load(f32, dscale + e) + d * normed);
-            accumulate(d, normed, load(f32, scale + e), k);
-        },
-        [&](int64_t e, int64_t n) {
-            Vec const d = load_tail(type, dy + e, n);
-            Vec const normed = keep_lanes((load_tail(type, x + e, n) - mean) * rstd, n);
-            store_tail(f32, dshift + e, load_tail(f32, dshift + e, n) + d, n);
-            store_tail(f32, dscale + e, load_tail(f32, dscale + e, n) + d * normed, n);
-            accumulate(d, normed, load_tail(f32, scale + e, n), 0);
-        });
+    for_each_pair(E, [&](int64_t e, int k, auto lanes) {
+        Pair const d = load(X{}, dy + e, lanes);
+        Pair const normed = keep((load(X{}, x + e, lanes) - mean) * rstd, lanes);
+        Pair const g = d * (load(Float32{}, scale + e, lanes) + 1.0f);
+        add_to(sums.dshift + e, d, lanes);
+        add_to(sums.dscale + e, d * normed, lanes);
+        sum_g.part[k] = sum_g.part[k] + g;
+        sum_gn.part[k] = sum_gn.part[k] + g * normed;
+    });
     float const mean_g = float(sum_g.mean(E));
     float const mean_gn = float(sum_gn.mean(E));
 
-    auto const gradient = [&](Vec d, Vec value, Vec gain) {
-        Vec const normed = (value - mean) * rstd;
-        return (d * (1.0f + gain) - mean_g - normed * mean_gn) * rstd;
+    auto const gradient = [&](int64_t e, auto lanes) {
+        Pair const normed = (load(X{}, x + e, lanes) - mean) * rstd;
+        Pair const g = load(X{}, dy + e, lanes) * (load(Float32{}, scale + e, lanes) + 1.0f);
+        return (g - mean_g - normed * mean_gn) * rstd;
     };
     if constexpr (!kGate) {
-        for_each_vector(
-            E,
-            [&](int64_t e, int) {
-                store(type, dx + e, gradient(load(type, dy + e), load(type, x + e), load(f32, scale + e)));
-            },
-            [&](int64_t e, int64_t n) {
-                Vec const gain = load_tail(f32, scale + e, n);
-                store_tail(type, dx + e, gradient(load_tail(type, dy + e, n), load_tail(type, x + e, n), gain), n);
-            });
+        for_each_pair(E, [&](int64_t e, int, auto lanes) { store(X{}, dx + e, gradient(e, lanes), lanes); });
     } else {
         auto const* direct = p.dresidual.data ? row_of<X>(p.dresidual, b, l) : nullptr;
         GateRow<Y> const gate(p, b, l, m, sums);
-        for_each_vector(
-            E,
-            [&](int64_t e, int) {
-                Vec d = gradient(load(type, dy + e), load(type, x + e), load(f32, scale + e));
-                if (direct) d += load(type, direct + e);
-                store(type, dx + e, d);
-                gate.whole(e, d);
-            },
-            [&](int64_t e, int64_t n) {
-                Vec d = gradient(load_tail(type, dy + e, n), load_tail(type, x + e, n), load_tail(f32, scale + e, n));
-                if (direct) d += load_tail(type, direct + e, n);
-                store_tail(type, dx + e, d, n);
-                gate.tail(e, n, d);
-            });
+        for_each_pair(E, [&](int64_t e, int, auto lanes) {
+            Pair d = gradient(e, lanes);
+            if (direct) d = d + load(X{}, direct + e, lanes);
+            store(X{}, dx + e, d, lanes);
+            gate(e, d, lanes);
+        });
     }
 }
 
@@ -306,35 +237,45 @@ void backward_chunks(BackwardParams const& p, int64_t begin, int64_t end) {
     }
 }
 
-// Adds up the chunks of columns [begin, end) of every sum in order.
-template <class V>
-void reduce_columns(BackwardParams const& p, int64_t begin, int64_t end) {
-    int64_t const columns = p.sizes.M * p.sizes.E;
+// Adds up the chunks of some columns of every vector's sums, in order. Blocks of kColumnsPerPiece columns are
+// numbered over the M vectors of a sample, so that a block starts where a pair does.
+template <class X, class V>
+void reduce_blocks(BackwardParams const& p, int64_t begin, int64_t end) {
+    auto const& [B, L, E, M] = p.sizes;
+    int64_t const per_vector = blocks_of(E);
     void* const norm_first[] = {p.dshift, p.dscale, p.dgate};
     void* const* const outputs = p.dshift ? norm_first : norm_first + 2;
-    for (int64_t b = 0; b < p.sizes.B; ++b) {
-        for (int64_t s = 0; s < p.sums; ++s) {
-            float total[kColumnsPerPiece] = {};
-            for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
-                float const* part = p.partials + ((b * p.chunks + chunk) * p.sums + s) * columns + begin;
-                for (int64_t i = 0; i < end - begin; ++i) total[i] += part[i];
+    for (int64_t block = begin; block < end; ++block) {
+        int64_t const e = block % per_vector * kColumnsPerPiece;
+        int64_t const column = block / per_vector * E + e;
+        int64_t const count = kColumnsPerPiece < E - e ? kColumnsPerPiece : E - e;
+        for (int64_t b = 0; b < B; ++b) {
+            for (int64_t s = 0; s < p.sums; ++s) {
+                float sum[kColumnsPerPiece] = {};
+                for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+                    float const* part = p.partials + ((b * p.chunks + chunk) * p.sums + s) * M * E + column;
+                    for (int64_t i = 0; i < count; ++i) sum[i] += part[i];
+                }
+                float in_order[kColumnsPerPiece];
+                unsplit(X{}, sum, in_order, count);
+                auto* out = static_cast<typename V::Storage*>(outputs[s]) + b * M * E + column;
+                convert(Float32{}, in_order, V{}, out, count);
             }
-            auto* out = static_cast<typename V::Storage*>(outputs[s]) + b * columns + begin;
-            for_each_vector(
-                end - begin,
-                [&](int64_t i, int) { store(V{}, out + i, load(Float32{}, total + i)); },
-                [&](int64_t i, int64_t n) { store_tail(V{}, out + i, load_tail(Float32{}, total + i, n), n); });
         }
     }
 }
 
-template <class V>
-void widen(void const* vector, float* out, int64_t count) {
-    auto const* from = static_cast<typename V::Storage const*>(vector);
-    for_each_vector(
-        count,
-        [&](int64_t e, int) { store(Float32{}, out + e, load(V{}, from + e)); },
-        [&](int64_t e, int64_t n) { store_tail(Float32{}, out + e, load_tail(V{}, from + e, n), n); });
+// A vector as the rows of type X meet it. Where 16 bits are rounded by the pair, a NaN must have nothing in its
+// lower half.
+template <class X, class V>
+void prepare(void const* vector, float* out, int64_t E) {
+    float block[kColumnsPerPiece];
+    for (int64_t e = 0; e < E; e += kColumnsPerPiece) {
+        int64_t const count = kColumnsPerPiece < E - e ? kColumnsPerPiece : E - e;
+        convert(V{}, static_cast<typename V::Storage const*>(vector) + e, Float32{}, block, count);
+        for (int64_t i = 0; i < count; ++i) block[i] = block[i] == block[i] ? block[i] : float(NAN);
+        split(X{}, block, out + e, count);
+    }
 }
 
 template <class X, class Y>
@@ -351,6 +292,12 @@ void choose_rows(Kind const& kind, CpuKernels& chosen) {
     }
 }
 
+template <class X, class V>
+void choose_vectors(CpuKernels& chosen) {
+    chosen.reduce_blocks = &reduce_blocks<X, V>;
+    chosen.prepare = &prepare<X, V>;
+}
+
 // Calls use(T{}) with the element type that dtype stands for.
 template <class Use>
 inline void with_type(DType dtype, Use use) {
@@ -363,14 +310,19 @@ inline void with_type(DType dtype, Use use) {
 
 inline CpuKernels kernels_of(Kind const& kind) {
     CpuKernels chosen{};
-    if (kind.x == DType::f32) {
-        with_type(kind.y, [&](auto y) { choose_rows<Float32, decltype(y)>(kind, chosen); });
-    } else {
-        with_type(kind.x, [&](auto x) { choose_rows<decltype(x), decltype(x)>(kind, chosen); });
+    switch (kind.x) {
+        case DType::bf16: choose_rows<BFloat16, BFloat16>(kind, chosen); break;
+        case DType::f16: choose_rows<Float16, Float16>(kind, chosen); break;
+        default:
+            switch (kind.y) {
+                case DType::bf16: choose_rows<Float32, BFloat16InOrder>(kind, chosen); break;
+                case DType::f16: choose_rows<Float32, Float16>(kind, chosen); break;
+                default: choose_rows<Float32, Float32>(kind, chosen);
+            }
     }
     with_type(kind.vector, [&](auto v) {
-        chosen.reduce_columns = &reduce_columns<decltype(v)>;
-        chosen.widen = &widen<decltype(v)>;
+        if (kind.x == DType::bf16) return choose_vectors<BFloat16, decltype(v)>(chosen);
+        choose_vectors<Float32, decltype(v)>(chosen);
     });
     return chosen;
 }

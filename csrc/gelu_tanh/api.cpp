@@ -12,8 +12,6 @@ namespace py = pybind11;
 namespace hunyuan_fast::gelu_tanh {
 namespace {
 
-int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 void check(TensorView const& t, char const* name, TensorView const& x) {
     HUNYUAN_CHECK(t.device == kHost, name, " must be in host memory");
     HUNYUAN_CHECK(t.dtype == x.dtype, name, " must be ", name_of(x.dtype), ", got ", name_of(t.dtype));

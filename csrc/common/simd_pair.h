@@ -1,0 +1,162 @@
+// Two vectors at a time, in the order that a type of memory gives cheapest.
+//
+// A word of 32 bits holds two neighbours of bfloat16. Shifts and masks within the words take them apart, where
+// widening to vectors of consecutive elements moves lanes and costs three times as much, and so does narrowing.
+// So a pair of vectors over 2 * kLanes elements is (even elements, odd elements) for BFloat16, and (first
+// half, second half) for the other types. Sums over rows do not care; tensors that meet bfloat16 element by
+// element must be in the same order: see `split`. What is left at the end of a row, less than a pair, is
+// consecutive for every type.
+#pragma once
+
+#include "common/simd.h"
+
+namespace hunyuan_fast::HUNYUAN_FAST_ISA {
+
+constexpr int64_t kPair = 2 * kLanes;
+
+struct Pair {
+    Vec a{};
+    Vec b{};
+};
+
+inline Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+inline Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
+inline Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+inline Pair operator+(Pair x, float y) { return {x.a + y, x.b + y}; }
+inline Pair operator-(Pair x, float y) { return {x.a - y, x.b - y}; }
+inline Pair operator*(Pair x, float y) { return {x.a * y, x.b * y}; }
+
+// bfloat16 in consecutive order, to meet float32.
+struct BFloat16InOrder : BFloat16 {};
+
+// The elements of a pair that belong to the row: all of them, or the first few.
+struct Whole {};
+struct Part {
+    int64_t count;
+};
+
+// Calls body(offset, which of two, elements) for every pair of a row.
+template <class Body>
+inline void for_each_pair(int64_t E, Body body) {
+    int64_t e = 0;
+    for (; e + 2 * kPair <= E; e += 2 * kPair) {
+        body(e, 0, Whole{});
+        body(e + kPair, 1, Whole{});
+    }
+    if (e + kPair <= E) {
+        body(e, 0, Whole{});
+        e += kPair;
+    }
+    if (e < E) body(e, 0, Part{E - e});
+}
+
+inline Vec lower(VecBits words) { return (Vec)(words << 16); }
+inline Vec upper(VecBits words) { return (Vec)(words & 0xffff0000u); }
+
+// To nearest even in the upper half of the bits. A NaN needs no care if its lower half is empty, as in those
+// that come of bfloat16 or of arithmetic.
+#if defined(__AVX512F__)
+inline VecBits rounded(VecBits bits) {
+    __m512i const up = (__m512i)(bits + 0x7fffu);
+    __mmask16 const odd = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x10000));
+    return (VecBits)_mm512_mask_sub_epi32(up, odd, up, _mm512_set1_epi32(-1));
+}
+#else
+inline VecBits rounded(VecBits bits) { return bits + 0x7fffu + ((bits >> 16) & 1u); }
+#endif
+
+inline VecBits joined(Pair v) {
+    return (rounded((VecBits)v.a) >> 16) | (rounded((VecBits)v.b) & 0xffff0000u);
+}
+
+template <class T>
+inline Pair load(T type, typename T::Storage const* p, Whole) {
+    return {load(type, p), load(type, p + kLanes)};
+}
+inline Pair load(BFloat16, uint16_t const* p, Whole) {
+    VecBits const words = load_as<VecBits>(p);
+    return {lower(words), upper(words)};
+}
+
+// Writes a pair, and returns it as memory now holds it.
+inline Pair store(Float32 type, float* p, Pair v, Whole) {
+    store(type, p, v.a);
+    store(type, p + kLanes, v.b);
+    return v;
+}
+template <class T>
+inline Pair store(T type, typename T::Storage* p, Pair v, Whole whole) {
+    store(type, p, v.a);
+    store(type, p + kLanes, v.b);
+    return load(type, p, whole);
+}
+inline Pair store(BFloat16, uint16_t* p, Pair v, Whole) {
+    VecBits const words = joined(v);
+    store_as(p, words);
+    return {lower(words), upper(words)};
+}
+
+inline int64_t first_half(Part part) { return part.count < kLanes ? part.count : int64_t(kLanes); }
+
+template <class T>
+inline Pair load(T type, typename T::Storage const* p, Part part) {
+    int64_t const first = first_half(part);
+    return {load_tail(type, p, first), load_tail(type, p + first, part.count - first)};
+}
+
+template <class T>
+inline Pair store(T type, typename T::Storage* p, Pair v, Part part) {
+    int64_t const first = first_half(part);
+    store_tail(type, p, v.a, first);
+    store_tail(type, p + first, v.b, part.count - first);
+    return load(type, p, part);
+}
+
+// Zero in what does not belong to the row.
+inline Pair keep(Pair v, Whole) { return v; }
+inline Pair keep(Pair v, Part part) {
+    int64_t const first = first_half(part);
+    return {keep_lanes(v.a, first), keep_lanes(v.b, part.count - first)};
+}
+
+// The same numbers in another type, consecutive in both.
+template <class From, class To>
+inline void convert(From from_type, typename From::Storage const* from, To to_type, typename To::Storage* to,
+                    int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to_type, to + i, load(from_type, from + i));
+    if (i < count) store_tail(to_type, to + i, load_tail(from_type, from + i, count - i), count - i);
+}
+
+// Rows of floats from consecutive order to that of T, and back; not in place.
+template <class T>
+inline void split(T, float const* from, float* to, int64_t E) {
+    std::memcpy(to, from, size_t(E) * sizeof *to);
+}
+inline void split(BFloat16, float const* from, float* to, int64_t E) {
+    int64_t e = 0;
+    for (; e + kPair <= E; e += kPair) {
+        for (int64_t i = 0; i < kLanes; ++i) {
+            to[e + i] = from[e + 2 * i];
+            to[e + kLanes + i] = from[e + 2 * i + 1];
+        }
+    }
+    for (; e < E; ++e) to[e] = from[e];
+}
+
+template <class T>
+inline void unsplit(T, float const* from, float* to, int64_t E) {
+    std::memcpy(to, from, size_t(E) * sizeof *to);
+}
+inline void unsplit(BFloat16, float const* from, float* to, int64_t E) {
+    int64_t e = 0;
+    for (; e + kPair <= E; e += kPair) {
+        for (int64_t i = 0; i < kLanes; ++i) {
+            to[e + 2 * i] = from[e + i];
+            to[e + 2 * i + 1] = from[e + kLanes + i];
+        }
+    }
+    for (; e < E; ++e) to[e] = from[e];
+}
+
+}  // namespace hunyuan_fast::HUNYUAN_FAST_ISA
