@@ -1,7 +1,8 @@
-"""Interleaved rounds: every contender once per round, in turn A B C, B C A, C A B, ..."""
+"""Interleaved rounds: every contender once per round, in an order drawn anew each time."""
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -44,20 +45,22 @@ def paired_samples(
     """Time all entries, already warm, in interleaved rounds.
 
     Contenders share whatever the machine does during a round, so ratios within a round say more
-    than two medians. The order moves on by one each round: nobody always follows the same one.
+    than two medians. The order is drawn for each round, the same ones every time: nobody always
+    follows the same one, whose memory and cache it would find.
     """
     calls = {name: _calls_per_sample(entry, clock) for name, entry in entries.items()}
     seconds: dict[str, list[float]] = {name: [] for name in entries}
     order = list(entries)
+    shuffle = random.Random(0).shuffle
     start = now()
     with _no_collection():
         for done in range(rounds.most):
             if done >= rounds.least and now() - start >= rounds.budget:
                 break
+            shuffle(order)
             for name in order:
                 with entries[name].context():
                     seconds[name].append(clock.sample(entries[name].run, calls[name]))
-            order.append(order.pop(0))
     return Samples(seconds, calls)
 
 

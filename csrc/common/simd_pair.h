@@ -96,6 +96,46 @@ inline Pair store(BFloat16, uint16_t* p, Pair v, Whole) {
     return {lower(words), upper(words)};
 }
 
+// A store past the caches: the line is not read before it is written. The address is a multiple of
+// kStreamAlignment, see common/streaming.h; `finish_streams` comes before another thread reads.
+#if defined(__AVX512F__)
+inline void stream_bits(void* p, VecBits bits) { _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)bits); }
+inline void finish_streams() { _mm_sfence(); }
+#elif defined(__AVX2__)
+inline void stream_bits(void* p, VecBits bits) { _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)bits); }
+inline void finish_streams() { _mm_sfence(); }
+#else
+inline void stream_bits(void* p, VecBits bits) { std::memcpy(p, &bits, sizeof bits); }
+inline void finish_streams() {}
+#endif
+
+inline void stream(Float32, float* p, Pair v, Whole) {
+    stream_bits(p, (VecBits)v.a);
+    stream_bits(p + kLanes, (VecBits)v.b);
+}
+inline void stream(BFloat16, uint16_t* p, Pair v, Whole) { stream_bits(p, joined(v)); }
+template <class T, class Elements>
+inline void stream(T type, typename T::Storage* p, Pair v, Elements elements) {
+    store(type, p, v, elements);
+}
+
+template <class T, class Elements>
+inline void write(T type, typename T::Storage* p, Pair v, Elements elements, bool streams) {
+    if (streams) {
+        stream(type, p, v, elements);
+    } else {
+        store(type, p, v, elements);
+    }
+}
+
+// Brings the elements of a pair at p into the cache, without waiting. p may point anywhere.
+template <class Storage>
+inline void fetch(Storage const* p) {
+    for (size_t line = 0; line < kPair * sizeof *p; line += 64) {
+        __builtin_prefetch(reinterpret_cast<char const*>(p) + line);
+    }
+}
+
 inline int64_t first_half(Part part) { return part.count < kLanes ? part.count : int64_t(kLanes); }
 
 template <class T>

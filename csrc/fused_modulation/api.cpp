@@ -1,6 +1,7 @@
 // What Python sees: tensors are checked, turned into the structs of params.h, and handed to a launcher.
 #include "common/check.h"
 #include "common/registry.h"
+#include "common/streaming.h"
 #include "fused_modulation/cpu.h"
 #include "fused_modulation/views.h"
 #ifdef HUNYUAN_FAST_CUDA
@@ -103,6 +104,17 @@ private:
     DType vector_;
 };
 
+// The outputs that are wanted, all of them new: whether to write them past the caches.
+bool streamed(std::initializer_list<TensorView const*> outputs) {
+    bool streams = true;
+    for (TensorView const* out : outputs) {
+        if (!given(*out)) continue;
+        if (out->device == kHost) prefer_huge_pages(*out);
+        streams = streams && worth_streaming(*out);
+    }
+    return streams;
+}
+
 struct ForwardViews {
     TensorView x, y, gate, shift, scale, index, residual, modulated, stats;
 
@@ -125,6 +137,7 @@ struct ForwardViews {
         p.modulated = call.rows(modulated, "modulated");
         call.statistics(stats, p.mean, p.rstd);
         p.eps = eps;
+        p.streams = p.sizes.E <= kMaxStreamed && streamed({&residual, &modulated});
         return p;
     }
 };
@@ -163,6 +176,7 @@ struct BackwardViews {
         p.dshift = call.gradient(dshift, "dshift", vector_gradient);
         p.dscale = call.gradient(dscale, "dscale", vector_gradient);
         p.dgate = call.gradient(dgate, "dgate", vector_gradient);
+        p.streams = streamed({&dx, &dy});
         if (p.sums) {
             auto const& s = p.sizes;
             p.partials = call.contiguous<float>(partials, "partials", DType::f32, {s.B, p.chunks, p.sums, s.M, s.E});

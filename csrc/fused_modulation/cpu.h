@@ -9,6 +9,9 @@ namespace hunyuan_fast::fused_modulation {
 // Columns of the vectors' gradients that are added up at a time.
 constexpr int64_t kColumnsPerPiece = 512;
 
+// Rows up to this width can wait in the first-level cache until they are streamed.
+constexpr int64_t kMaxStreamed = 8192;
+
 inline int64_t blocks_of(int64_t E) { return (E + kColumnsPerPiece - 1) / kColumnsPerPiece; }
 
 // What a call is made of. y without a gate half, and vector without any, may be anything.

@@ -51,53 +51,77 @@ struct Sum {
     }
 };
 
-template <class T>
-inline typename T::Storage* row_of(Rows const& rows, int64_t b, int64_t l) {
-    return static_cast<typename T::Storage*>(rows.data) + b * rows.stride_b + l * rows.stride_l;
+// A row, and which of the vectors of its sample it meets.
+struct Token {
+    int64_t b, l, m;
+};
+
+inline Token token(Sizes const& sizes, Index const& index, int64_t row) {
+    int64_t const b = row / sizes.L, l = row % sizes.L;
+    return {b, l, index(b, l)};
 }
 
-inline float const* vector_of(Vectors const& vectors, int64_t b, int64_t m) {
-    return static_cast<float const*>(vectors.data) + b * vectors.stride_b + m * vectors.stride_m;
+template <class T>
+inline typename T::Storage* row_of(Rows const& rows, Token const& t) {
+    return static_cast<typename T::Storage*>(rows.data) + t.b * rows.stride_b + t.l * rows.stride_l;
+}
+
+inline float const* vector_of(Vectors const& vectors, Token const& t) {
+    return static_cast<float const*>(vectors.data) + t.b * vectors.stride_b + t.m * vectors.stride_m;
 }
 
 template <class X>
 Sum sum_of_row(typename X::Storage const* x, int64_t E) {
     Sum sum;
-    for_each_pair(E, [&](int64_t e, int k, auto lanes) { sum.part[k] = sum.part[k] + load(X{}, x + e, lanes); });
+    for_each_pair(E, [&](int64_t e, int k, auto elements) { sum.part[k] = sum.part[k] + load(X{}, x + e, elements); });
     return sum;
 }
 
+// What a row is normalised from, where the residual itself is not written yet.
+template <class X>
+struct alignas(64) Scratch {
+    typename X::Storage row[kMaxStreamed];
+};
+
 // Writes x + gate * y and returns the sum of what was written, in the order of sum_of_row.
-template <class X, class Y>
-Sum gate_row(ForwardParams const& p, int64_t b, int64_t l, int64_t m) {
-    auto const* x = row_of<X>(p.x, b, l);
-    auto const* y = row_of<Y>(p.y, b, l);
-    float const* gate = vector_of(p.gate, b, m);
-    auto* residual = row_of<X>(p.residual, b, l);
+template <class X, class Y, bool kSum>
+Sum gate_row(ForwardParams const& p, Token const& t, typename X::Storage* residual, bool streams) {
+    auto const* x = row_of<X>(p.x, t);
+    auto const* y = row_of<Y>(p.y, t);
+    float const* gate = vector_of(p.gate, t);
     Sum sum;
-    for_each_pair(p.sizes.E, [&](int64_t e, int k, auto lanes) {
-        Pair const gated = load(Float32{}, gate + e, lanes) * load(Y{}, y + e, lanes);
-        Pair const written = store(X{}, residual + e, load(X{}, x + e, lanes) + gated, lanes);
-        sum.part[k] = sum.part[k] + written;
+    for_each_pair(p.sizes.E, [&](int64_t e, int k, auto elements) {
+        Pair const gated = load(Float32{}, gate + e, elements) * load(Y{}, y + e, elements);
+        Pair const value = load(X{}, x + e, elements) + gated;
+        if constexpr (kSum) {
+            sum.part[k] = sum.part[k] + store(X{}, residual + e, value, elements);
+        } else {
+            write(X{}, residual + e, value, elements, streams);
+        }
     });
     return sum;
 }
 
-template <class X>
-void normalise_row(ForwardParams const& p, int64_t b, int64_t l, int64_t m, typename X::Storage const* x,
-                   Sum const& sum) {
+// Normalises and modulates the row x. `residual`, if not null, takes a copy of it. What the next row will read
+// is fetched meanwhile: a pass that computes from the cache leaves memory idle.
+template <class X, class Y>
+void normalise_row(ForwardParams const& p, Token const& t, Token const& next, typename X::Storage const* x,
+                   Sum const& sum, typename X::Storage* residual) {
     int64_t const E = p.sizes.E;
-    auto* y = row_of<X>(p.modulated, b, l);
-    float const* shift = vector_of(p.shift, b, m);
-    float const* scale = vector_of(p.scale, b, m);
+    auto* out = row_of<X>(p.modulated, t);
+    auto const* next_x = row_of<X>(p.x, next);
+    auto const* next_y = p.y.data ? row_of<Y>(p.y, next) : nullptr;
+    float const* shift = vector_of(p.shift, t);
+    float const* scale = vector_of(p.scale, t);
     float const mean = float(sum.mean(E));
 
     Sum centred;
     Sum squares;
-    for_each_pair(E, [&](int64_t e, int k, auto lanes) {
-        Pair const c = keep(load(X{}, x + e, lanes) - mean, lanes);
+    for_each_pair(E, [&](int64_t e, int k, auto elements) {
+        Pair const c = keep(load(X{}, x + e, elements) - mean, elements);
         centred.part[k] = centred.part[k] + c;
         squares.part[k] = squares.part[k] + c * c;
+        fetch(next_x + e);
     });
     // What rounding the mean to a float left over: it counts where |mean| is far above the deviation.
     double const rest = centred.mean(E);
@@ -106,29 +130,37 @@ void normalise_row(ForwardParams const& p, int64_t b, int64_t l, int64_t m, type
     float const rstd = float(1.0 / std::sqrt((variance < 0 ? 0 : variance) + p.eps));
     float const offset = float(-rest) * rstd;
 
-    for_each_pair(E, [&](int64_t e, int, auto lanes) {
-        Pair const normed = (load(X{}, x + e, lanes) - mean) * rstd + offset;
-        Pair const gain = load(Float32{}, scale + e, lanes) + 1.0f;
-        store(X{}, y + e, normed * gain + load(Float32{}, shift + e, lanes), lanes);
+    for_each_pair(E, [&](int64_t e, int, auto elements) {
+        Pair const value = load(X{}, x + e, elements);
+        Pair const normed = (value - mean) * rstd + offset;
+        Pair const gain = load(Float32{}, scale + e, elements) + 1.0f;
+        write(X{}, out + e, normed * gain + load(Float32{}, shift + e, elements), elements, p.streams);
+        if (residual) stream(X{}, residual + e, value, elements);
+        if (next_y) fetch(next_y + e);
     });
-    p.mean[b * p.sizes.L + l] = float(double(mean) + rest);
-    p.rstd[b * p.sizes.L + l] = rstd;
+    p.mean[t.b * p.sizes.L + t.l] = float(double(mean) + rest);
+    p.rstd[t.b * p.sizes.L + t.l] = rstd;
 }
 
 template <class X, class Y, bool kGate, bool kNorm>
 void forward_rows(ForwardParams const& p, int64_t begin, int64_t end) {
+    Scratch<X> scratch;
     for (int64_t row = begin; row < end; ++row) {
-        int64_t const b = row / p.sizes.L;
-        int64_t const l = row % p.sizes.L;
-        int64_t const m = p.index(b, l);
+        Token const t = token(p.sizes, p.index, row);
+        Token const next = row + 1 < end ? token(p.sizes, p.index, row + 1) : t;
         if constexpr (!kGate) {
-            auto const* x = row_of<X>(p.x, b, l);
-            normalise_row<X>(p, b, l, m, x, sum_of_row<X>(x, p.sizes.E));
+            auto const* x = row_of<X>(p.x, t);
+            normalise_row<X, Y>(p, t, next, x, sum_of_row<X>(x, p.sizes.E), nullptr);
+        } else if constexpr (!kNorm) {
+            gate_row<X, Y, false>(p, t, row_of<X>(p.residual, t), p.streams);
         } else {
-            Sum const sum = gate_row<X, Y>(p, b, l, m);
-            if constexpr (kNorm) normalise_row<X>(p, b, l, m, row_of<X>(p.residual, b, l), sum);
+            auto* const residual = row_of<X>(p.residual, t);
+            auto* const x = p.streams ? scratch.row : residual;
+            Sum const sum = gate_row<X, Y, true>(p, t, x, false);
+            normalise_row<X, Y>(p, t, next, x, sum, p.streams ? residual : nullptr);
         }
     }
+    if (p.streams) finish_streams();
 }
 
 // The gradients of the vectors that a row adds to: a part of `partials`, in this order.
@@ -138,9 +170,9 @@ struct VectorSums {
     float* dgate;
 };
 
-template <class Lanes>
-inline void add_to(float* sums, Pair v, Lanes lanes) {
-    store(Float32{}, sums, load(Float32{}, sums, lanes) + v, lanes);
+template <class Elements>
+inline void add_to(float* sums, Pair v, Elements elements) {
+    store(Float32{}, sums, load(Float32{}, sums, elements) + v, elements);
 }
 
 // From the gradient of the residual to those of y and gate.
@@ -150,91 +182,99 @@ struct GateRow {
     typename Y::Storage* dy;       // null: dy is not wanted
     float const* gate;
     float* dgate;
+    bool streams;
 
-    GateRow(BackwardParams const& p, int64_t b, int64_t l, int64_t m, VectorSums const& sums)
-        : y(p.y.data ? row_of<Y>(p.y, b, l) : nullptr),
-          dy(p.dy.data ? row_of<Y>(p.dy, b, l) : nullptr),
-          gate(vector_of(p.gate, b, m)),
-          dgate(sums.dgate) {}
+    GateRow(BackwardParams const& p, Token const& t, VectorSums const& sums)
+        : y(p.y.data ? row_of<Y>(p.y, t) : nullptr),
+          dy(p.dy.data ? row_of<Y>(p.dy, t) : nullptr),
+          gate(vector_of(p.gate, t)),
+          dgate(sums.dgate),
+          streams(p.streams) {}
 
-    template <class Lanes>
-    void operator()(int64_t e, Pair d, Lanes lanes) const {
-        if (dy) store(Y{}, dy + e, load(Float32{}, gate + e, lanes) * d, lanes);
-        if (y) add_to(dgate + e, d * load(Y{}, y + e, lanes), lanes);
+    void fetch_y(int64_t e) const {
+        if (y) fetch(y + e);
+    }
+
+    template <class Elements>
+    void operator()(int64_t e, Pair d, Elements elements) const {
+        if (dy) write(Y{}, dy + e, load(Float32{}, gate + e, elements) * d, elements, streams);
+        if (y) add_to(dgate + e, d * load(Y{}, y + e, elements), elements);
     }
 };
 
 template <class X, class Y>
-void backward_gate_row(BackwardParams const& p, int64_t b, int64_t l, int64_t m, VectorSums const& sums) {
-    auto const* d = row_of<X>(p.dresidual, b, l);
-    GateRow<Y> const gate(p, b, l, m, sums);
-    for_each_pair(p.sizes.E, [&](int64_t e, int, auto lanes) { gate(e, load(X{}, d + e, lanes), lanes); });
+void backward_gate_row(BackwardParams const& p, Token const& t, VectorSums const& sums) {
+    auto const* d = row_of<X>(p.dresidual, t);
+    GateRow<Y> const gate(p, t, sums);
+    for_each_pair(p.sizes.E, [&](int64_t e, int, auto elements) { gate(e, load(X{}, d + e, elements), elements); });
 }
 
-// Writes a row of dx, and of dy where there is a gate, and adds what the row gives to the sums.
+// Writes a row of dx, and of dy where there is a gate, and adds what the row gives to the sums. Each pass fetches
+// what the other reads first: the second that of the next row.
 template <class X, class Y, bool kGate>
-void backward_norm_row(BackwardParams const& p, int64_t b, int64_t l, int64_t m, VectorSums const& sums) {
+void backward_norm_row(BackwardParams const& p, Token const& t, Token const& next, VectorSums const& sums) {
     int64_t const E = p.sizes.E;
-    auto const* x = row_of<X>(p.residual, b, l);
-    auto const* dy = row_of<X>(p.dmodulated, b, l);
-    auto* dx = row_of<X>(p.dx, b, l);
-    float const* scale = vector_of(p.scale, b, m);
-    float const mean = p.mean[b * p.sizes.L + l];
-    float const rstd = p.rstd[b * p.sizes.L + l];
+    auto const* x = row_of<X>(p.residual, t);
+    auto const* dy = row_of<X>(p.dmodulated, t);
+    auto const* next_x = row_of<X>(p.residual, next);
+    auto const* next_dy = row_of<X>(p.dmodulated, next);
+    auto const* direct = kGate && p.dresidual.data ? row_of<X>(p.dresidual, t) : nullptr;
+    auto* dx = row_of<X>(p.dx, t);
+    float const* scale = vector_of(p.scale, t);
+    float const mean = p.mean[t.b * p.sizes.L + t.l];
+    float const rstd = p.rstd[t.b * p.sizes.L + t.l];
+    GateRow<Y> const gate(p, t, sums);
 
     Sum sum_g;
     Sum sum_gn;
-    for_each_pair(E, [&](int64_t e, int k, auto lanes) {
-        Pair const d = load(X{}, dy + e, lanes);
-        Pair const normed = keep((load(X{}, x + e, lanes) - mean) * rstd, lanes);
-        Pair const g = d * (load(Float32{}, scale + e, lanes) + 1.0f);
-        add_to(sums.dshift + e, d, lanes);
-        add_to(sums.dscale + e, d * normed, lanes);
+    for_each_pair(E, [&](int64_t e, int k, auto elements) {
+        Pair const d = load(X{}, dy + e, elements);
+        Pair const normed = keep((load(X{}, x + e, elements) - mean) * rstd, elements);
+        Pair const g = d * (load(Float32{}, scale + e, elements) + 1.0f);
+        add_to(sums.dshift + e, d, elements);
+        add_to(sums.dscale + e, d * normed, elements);
         sum_g.part[k] = sum_g.part[k] + g;
         sum_gn.part[k] = sum_gn.part[k] + g * normed;
+        if (direct) fetch(direct + e);
+        if constexpr (kGate) gate.fetch_y(e);
     });
     float const mean_g = float(sum_g.mean(E));
     float const mean_gn = float(sum_gn.mean(E));
 
-    auto const gradient = [&](int64_t e, auto lanes) {
-        Pair const normed = (load(X{}, x + e, lanes) - mean) * rstd;
-        Pair const g = load(X{}, dy + e, lanes) * (load(Float32{}, scale + e, lanes) + 1.0f);
-        return (g - mean_g - normed * mean_gn) * rstd;
-    };
-    if constexpr (!kGate) {
-        for_each_pair(E, [&](int64_t e, int, auto lanes) { store(X{}, dx + e, gradient(e, lanes), lanes); });
-    } else {
-        auto const* direct = p.dresidual.data ? row_of<X>(p.dresidual, b, l) : nullptr;
-        GateRow<Y> const gate(p, b, l, m, sums);
-        for_each_pair(E, [&](int64_t e, int, auto lanes) {
-            Pair d = gradient(e, lanes);
-            if (direct) d = d + load(X{}, direct + e, lanes);
-            store(X{}, dx + e, d, lanes);
-            gate(e, d, lanes);
-        });
-    }
+    for_each_pair(E, [&](int64_t e, int, auto elements) {
+        Pair const normed = (load(X{}, x + e, elements) - mean) * rstd;
+        Pair const g = load(X{}, dy + e, elements) * (load(Float32{}, scale + e, elements) + 1.0f);
+        Pair d = (g - mean_g - normed * mean_gn) * rstd;
+        if (direct) d = d + load(X{}, direct + e, elements);
+        write(X{}, dx + e, d, elements, p.streams);
+        if constexpr (kGate) gate(e, d, elements);
+        fetch(next_x + e);
+        fetch(next_dy + e);
+    });
 }
 
 // Chunks are numbered over all samples; each adds up its rows in order in its own part of `partials`.
 template <class X, class Y, bool kGate, bool kNorm>
 void backward_chunks(BackwardParams const& p, int64_t begin, int64_t end) {
-    int64_t const columns = p.sizes.M * p.sizes.E;
+    auto const& [B, L, E, M] = p.sizes;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-        int64_t const b = chunk / p.chunks;
-        int64_t const first = (chunk % p.chunks) * p.chunk_rows;
-        int64_t const last = first + p.chunk_rows < p.sizes.L ? first + p.chunk_rows : p.sizes.L;
-        float* part = p.partials + chunk * p.sums * columns;
-        std::memset(part, 0, size_t(p.sums * columns) * sizeof(float));
-        for (int64_t l = first; l < last; ++l) {
-            int64_t const m = p.index(b, l);
-            float* const own = part + m * p.sizes.E;
+        int64_t const first = chunk / p.chunks * L + chunk % p.chunks * p.chunk_rows;
+        int64_t const end_of_sample = (chunk / p.chunks + 1) * L;
+        int64_t const last = first + p.chunk_rows < end_of_sample ? first + p.chunk_rows : end_of_sample;
+        float* part = p.partials + chunk * p.sums * M * E;
+        std::memset(part, 0, size_t(p.sums * M * E) * sizeof(float));
+        for (int64_t row = first; row < last; ++row) {
+            Token const t = token(p.sizes, p.index, row);
+            float* const own = part + t.m * E;
             if constexpr (kNorm) {
-                backward_norm_row<X, Y, kGate>(p, b, l, m, {own, own + columns, own + 2 * columns});
+                Token const next = row + 1 < last ? token(p.sizes, p.index, row + 1) : t;
+                backward_norm_row<X, Y, kGate>(p, t, next, {own, own + M * E, own + 2 * M * E});
             } else {
-                backward_gate_row<X, Y>(p, b, l, m, {nullptr, nullptr, own});
+                backward_gate_row<X, Y>(p, t, {nullptr, nullptr, own});
             }
         }
     }
+    if (p.streams) finish_streams();
 }
 
 // Adds up the chunks of some columns of every vector's sums, in order. Blocks of kColumnsPerPiece columns are

@@ -56,6 +56,7 @@ struct ForwardParams {
     float* mean = nullptr;  // (B, L), contiguous
     float* rstd = nullptr;  // (B, L), contiguous
     double eps = 0;
+    bool streams = false;  // residual and modulated are written past the caches
 };
 
 // dx and dy, and the sums over the tokens of a vector: of dmodulated (dshift), of
@@ -81,6 +82,7 @@ struct BackwardParams {
     void* dshift = nullptr;  // (B, M, E), contiguous
     void* dscale = nullptr;  // (B, M, E), contiguous
     void* dgate = nullptr;   // (B, M, E), contiguous
+    bool streams = false;    // dx and dy are written past the caches
 };
 
 }  // namespace hunyuan_fast::fused_modulation

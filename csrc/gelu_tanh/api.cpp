@@ -2,8 +2,8 @@
 #include <initializer_list>
 
 #include "common/check.h"
-#include "common/huge_pages.h"
 #include "common/registry.h"
+#include "common/streaming.h"
 #include "common/tensor_caster.h"
 #include "gelu_tanh/cpu.h"
 
@@ -70,16 +70,11 @@ Grid flat_grid_of(std::initializer_list<Side> sides) {
     return flat;
 }
 
-// A new and contiguous output, which nobody has written yet.
-void prepare(TensorView const& fresh) {
-    if (fresh.is_contiguous()) prefer_huge_pages(fresh.data, fresh.numel() * element_size(fresh.dtype));
-}
-
 void forward_host(TensorView const& x, TensorView const& y, bool y_is_fresh, int num_threads) {
     check_x(x);
     check(y, "y", x);
     check_width(y, "y", x.size[x.ndim - 1]);
-    if (y_is_fresh) prepare(y);
+    if (y_is_fresh) prefer_huge_pages(y);
     ForwardParams p;
     p.x.data = x.data;
     p.y.data = y.data;
@@ -93,7 +88,7 @@ void concat_host(TensorView const& left, TensorView const& x, TensorView const& 
     check(y, "y", x);
     int64_t const width = left.size[left.ndim - 1];
     check_width(y, "y", width + x.size[x.ndim - 1]);
-    prepare(y);
+    prefer_huge_pages(y);
     ForwardParams p;
     p.x.data = x.data;
     p.y.data = y.as<char>() + width * element_size(x.dtype);
@@ -112,7 +107,7 @@ void backward_host(TensorView const& dy, TensorView const& x, TensorView const& 
         check(t, name, x);
         check_width(t, name, x.size[x.ndim - 1]);
     }
-    prepare(dx);
+    prefer_huge_pages(dx);
     BackwardParams p;
     p.dy.data = dy.data;
     p.x.data = x.data;

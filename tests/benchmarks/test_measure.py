@@ -15,7 +15,7 @@ from benchmarks.kit.contenders import OURS, PEER, Contender
 from benchmarks.kit.floor import COMPUTE, COPY, MATMUL, MEMORY, Probe, floor_probes, floors
 from benchmarks.kit.measure import Setting, Trial, best_peer, measure, relative_difference, timings
 from benchmarks.kit.pairing import Entry, Rounds, Samples
-from benchmarks.kit.running import Inputs
+from benchmarks.kit.running import Bound, Inputs
 from benchmarks.kit.statistics import Spread
 from hunyuan_fast import dispatch
 
@@ -168,6 +168,23 @@ def test_cold_inputs_are_larger_than_the_cache_together():
 
     warm = Inputs(replace(case, cold=False), CPU, HostClock(cache_bytes=2 * tensors), seed=0)
     assert len(warm.sets) == 1
+
+
+def test_contenders_share_one_cycle_of_inputs():
+    case = small()
+    inputs = Inputs(case, CPU, HostClock(cache_bytes=1 << 20), seed=0)
+    seen = []
+
+    def note(x, *_):
+        seen.append(x.data_ptr())
+        return x
+
+    first, second = (Bound(note, FORWARD, inputs) for _ in range(2))
+    for _ in range(len(inputs.sets)):
+        first()
+        second()
+    places = [s[0].data_ptr() for s in inputs.sets]
+    assert len(places) > 2 and seen == 2 * places
 
 
 def test_the_best_peer_has_the_lowest_median_and_ratios_are_within_rounds():

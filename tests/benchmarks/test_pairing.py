@@ -24,11 +24,18 @@ def test_everyone_is_timed_in_every_round():
     assert samples == {"a": [1.0] * 10, "b": [2.0] * 10}
 
 
-def test_contenders_take_turns_and_the_order_moves_on():
-    machine = FakeMachine()
-    measure(machine, {"a": 1.0, "b": 1.0, "c": 1.0}, Rounds(budget=0.0, least=3, most=3))
+def test_the_order_is_drawn_anew_for_each_round_and_is_the_same_every_time():
+    logs = []
+    for _ in range(2):
+        machine = FakeMachine()
+        measure(machine, {"a": 1.0, "b": 1.0, "c": 1.0}, Rounds(budget=0.0, least=40, most=40))
+        logs.append("".join(machine.log))
+    assert logs[0] == logs[1]
     # One call each to learn how long it takes, then the rounds.
-    assert "".join(machine.log) == "abc" + "abc" + "bca" + "cab"
+    rounds = [logs[0][i : i + 3] for i in range(3, len(logs[0]), 3)]
+    assert len(rounds) == 40 and all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    before_b = [each[each.index("b") - 1] for each in rounds if each.index("b")]
+    assert set(before_b) == {"a", "c"}
 
 
 def test_a_drifting_machine_does_not_move_the_ratio():

@@ -261,8 +261,8 @@ def test_lower_instruction_sets(isa):
     pytest.importorskip("hunyuan_fast._C")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        + [__file__, __file__.replace(".py", "_gate.py")]
-        + ["-k", "cpu_impl and (every_width or bad_row or by_index or 16_bits)"],
+        + [__file__, *(__file__.replace(".py", f"_{name}.py") for name in ("gate", "large"))]
+        + ["-k", "(cpu_impl and (every_width or bad_row or by_index or 16_bits)) or large"],
         env={**os.environ, "HUNYUAN_FAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
