@@ -4,7 +4,7 @@
 // widening to vectors of consecutive elements moves lanes and costs three times as much, and so does narrowing.
 // So a pair of vectors over 2 * kLanes elements is (even elements, odd elements) for BFloat16, and (first
 // half, second half) for the other types. Sums over rows do not care; tensors that meet bfloat16 element by
-// element must be in the same order: see `split`. What is left at the end of a row, less than a pair, is
+// element must be in the same order: see `split`, below. What is left at the end of a row, less than a pair, is
 // consecutive for every type.
 #pragma once
 
@@ -128,6 +128,17 @@ inline void write(T type, typename T::Storage* p, Pair v, Elements elements, boo
     }
 }
 
+// Copies past the caches, as `write` does; bytes a multiple of kStreamAlignment.
+inline void stream_copy(void* to, void const* from, size_t bytes) {
+    auto* const out = static_cast<char*>(to);
+    auto const* const in = static_cast<char const*>(from);
+    for (size_t i = 0; i < bytes; i += sizeof(VecBits)) {
+        VecBits bits;
+        std::memcpy(&bits, in + i, sizeof bits);
+        stream_bits(out + i, bits);
+    }
+}
+
 // Brings the elements of a pair at p into the cache, without waiting. p may point anywhere.
 template <class Storage>
 inline void fetch(Storage const* p) {
@@ -168,35 +179,48 @@ inline void convert(From from_type, typename From::Storage const* from, To to_ty
     if (i < count) store_tail(to_type, to + i, load_tail(from_type, from + i, count - i), count - i);
 }
 
-// Rows of floats from consecutive order to that of T, and back; not in place.
-template <class T>
-inline void split(T, float const* from, float* to, int64_t E) {
-    std::memcpy(to, from, size_t(E) * sizeof *to);
+// Consecutive elements as (even, odd) ones, and back.
+#if defined(__AVX512F__)
+inline Pair taken_apart(Pair v) {
+    VecInt even{}, odd{};
+    for (int i = 0; i < kLanes; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+    return {(Vec)_mm512_permutex2var_ps((__m512)v.a, (__m512i)even, (__m512)v.b),
+            (Vec)_mm512_permutex2var_ps((__m512)v.a, (__m512i)odd, (__m512)v.b)};
 }
-inline void split(BFloat16, float const* from, float* to, int64_t E) {
-    int64_t e = 0;
-    for (; e + kPair <= E; e += kPair) {
-        for (int64_t i = 0; i < kLanes; ++i) {
-            to[e + i] = from[e + 2 * i];
-            to[e + kLanes + i] = from[e + 2 * i + 1];
-        }
+inline Pair put_together(Pair v) {
+    VecInt low{}, high{};
+    for (int i = 0; i < kLanes; ++i) {
+        low[i] = i / 2 + i % 2 * kLanes;
+        high[i] = kLanes / 2 + i / 2 + i % 2 * kLanes;
     }
-    for (; e < E; ++e) to[e] = from[e];
+    return {(Vec)_mm512_permutex2var_ps((__m512)v.a, (__m512i)low, (__m512)v.b),
+            (Vec)_mm512_permutex2var_ps((__m512)v.a, (__m512i)high, (__m512)v.b)};
 }
+#else
+inline Pair taken_apart(Pair v) {
+    float lanes[kPair];
+    store(Float32{}, lanes, v, Whole{});
+    for (int i = 0; i < kLanes; ++i) v.a[i] = lanes[2 * i], v.b[i] = lanes[2 * i + 1];
+    return v;
+}
+inline Pair put_together(Pair v) {
+    float lanes[kPair];
+    for (int i = 0; i < kLanes; ++i) lanes[2 * i] = v.a[i], lanes[2 * i + 1] = v.b[i];
+    return load(Float32{}, lanes, Whole{});
+}
+#endif
 
-template <class T>
-inline void unsplit(T, float const* from, float* to, int64_t E) {
-    std::memcpy(to, from, size_t(E) * sizeof *to);
+// From consecutive order to that of T, and back.
+template <class T, class Elements>
+inline Pair split(T, Pair v, Elements) {
+    return v;
 }
-inline void unsplit(BFloat16, float const* from, float* to, int64_t E) {
-    int64_t e = 0;
-    for (; e + kPair <= E; e += kPair) {
-        for (int64_t i = 0; i < kLanes; ++i) {
-            to[e + 2 * i] = from[e + i];
-            to[e + 2 * i + 1] = from[e + kLanes + i];
-        }
-    }
-    for (; e < E; ++e) to[e] = from[e];
+inline Pair split(BFloat16, Pair v, Whole) { return taken_apart(v); }
+
+template <class T, class Elements>
+inline Pair unsplit(T, Pair v, Elements) {
+    return v;
 }
+inline Pair unsplit(BFloat16, Pair v, Whole) { return put_together(v); }
 
 }  // namespace hunyuan_fast::HUNYUAN_FAST_ISA

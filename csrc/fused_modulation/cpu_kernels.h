@@ -296,10 +296,11 @@ void reduce_blocks(BackwardParams const& p, int64_t begin, int64_t end) {
                     float const* part = p.partials + ((b * p.chunks + chunk) * p.sums + s) * M * E + column;
                     for (int64_t i = 0; i < count; ++i) sum[i] += part[i];
                 }
-                float in_order[kColumnsPerPiece];
-                unsplit(X{}, sum, in_order, count);
+                for_each_pair(count, [&](int64_t i, int, auto elements) {
+                    store(Float32{}, sum + i, unsplit(X{}, load(Float32{}, sum + i, elements), elements), elements);
+                });
                 auto* out = static_cast<typename V::Storage*>(outputs[s]) + b * M * E + column;
-                convert(Float32{}, in_order, V{}, out, count);
+                convert(Float32{}, sum, V{}, out, count);
             }
         }
     }
@@ -309,13 +310,11 @@ void reduce_blocks(BackwardParams const& p, int64_t begin, int64_t end) {
 // lower half.
 template <class X, class V>
 void prepare(void const* vector, float* out, int64_t E) {
-    float block[kColumnsPerPiece];
-    for (int64_t e = 0; e < E; e += kColumnsPerPiece) {
-        int64_t const count = kColumnsPerPiece < E - e ? kColumnsPerPiece : E - e;
-        convert(V{}, static_cast<typename V::Storage const*>(vector) + e, Float32{}, block, count);
-        for (int64_t i = 0; i < count; ++i) block[i] = block[i] == block[i] ? block[i] : float(NAN);
-        split(X{}, block, out + e, count);
-    }
+    convert(V{}, static_cast<typename V::Storage const*>(vector), Float32{}, out, E);
+    for (int64_t e = 0; e < E; ++e) out[e] = out[e] == out[e] ? out[e] : float(NAN);
+    for_each_pair(E, [&](int64_t e, int, auto elements) {
+        store(Float32{}, out + e, split(X{}, load(Float32{}, out + e, elements), elements), elements);
+    });
 }
 
 template <class X, class Y>

@@ -6,6 +6,7 @@
 
 #include "common/check.h"
 #include "common/registry.h"
+#include "common/streaming.h"
 #include "common/tensor_caster.h"
 #include "qk_norm_rope/cpu.h"
 
@@ -64,6 +65,12 @@ float* contiguous(TensorView const& t, char const* name, Shape size) {
     return t.as<float>();
 }
 
+// A new output, of which a head is written at a time: whether to write it past the caches.
+bool streamed(TensorView const& out, Sizes const& sizes) {
+    prefer_huge_pages(out);
+    return sizes.D * element_size(out.dtype) % kStreamAlignment == 0 && worth_streaming(out);
+}
+
 // Everything that forward and backward have in common.
 void fill(Inputs& p, DType dtype, Sizes const& sizes, TensorView const& qkv, TensorView const& q_weight,
           TensorView const& k_weight, TensorView const& cos, TensorView const& sin, Optional const& text_qkv,
@@ -97,6 +104,8 @@ void forward_host(TensorView const& qkv, TensorView const& q_weight, TensorView 
     p.out[0] = heads(q, "q", q.dtype, sizes);
     p.out[1] = heads(k, "k", q.dtype, sizes);
     p.out[2] = heads(v, "v", q.dtype, sizes);
+    p.streams = streamed(q, sizes);
+    for (TensorView const* each : {&k, &v}) p.streams = streamed(*each, sizes) && p.streams;
     forward_cpu(q.dtype, p, num_threads);
 }
 
@@ -113,9 +122,11 @@ void backward_host(TensorView const& dq, TensorView const& dk, TensorView const&
     p.gradient[1] = heads(dk, "dk", dq.dtype, sizes);
     p.gradient[2] = heads(dv, "dv", dq.dtype, sizes);
     p.stream[0].dqkv = packed(dqkv, "dqkv", dq.dtype, sizes, qkv.size[1]);
+    p.stream[0].streams = streamed(dqkv, sizes);
     if (text_qkv) {
         HUNYUAN_CHECK(dtext_qkv.has_value(), "dtext_qkv is missing");
         p.stream[1].dqkv = packed(*dtext_qkv, "dtext_qkv", dq.dtype, sizes, text_qkv->size[1]);
+        p.stream[1].streams = streamed(*dtext_qkv, sizes);
     }
     HUNYUAN_CHECK(chunk_rows > 0, "chunk_rows must be positive, got ", chunk_rows);
     p.chunk_rows = chunk_rows;

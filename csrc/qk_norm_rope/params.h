@@ -44,6 +44,7 @@ struct Stream {
     int64_t first = 0;
     Packed qkv;
     Packed dqkv;                      // backward only
+    bool streams = false;             // dqkv is written past the caches
     float const* weights[2] = {};     // (D,) of q and of k
 };
 
@@ -59,6 +60,7 @@ struct Inputs {
 // q = rotate(x / rms(x) * weight), k alike, v copied.
 struct ForwardParams : Inputs {
     Heads out[3];  // q, k, v
+    bool streams = false;  // past the caches
 };
 
 // dqkv of every stream, and the sums over rows and heads for the weights.
