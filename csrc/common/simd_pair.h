@@ -9,6 +9,7 @@
 #pragma once
 
 #include "common/simd.h"
+#include "common/streaming.h"
 
 namespace hunyuan_fast::HUNYUAN_FAST_ISA {
 
@@ -97,7 +98,7 @@ inline Pair store(BFloat16, uint16_t* p, Pair v, Whole) {
 }
 
 // A store past the caches: the line is not read before it is written. The address is a multiple of
-// kStreamAlignment, see common/streaming.h; `finish_streams` comes before another thread reads.
+// kStreamAlignment; `finish_streams` comes before another thread reads.
 #if defined(__AVX512F__)
 inline void stream_bits(void* p, VecBits bits) { _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)bits); }
 inline void finish_streams() { _mm_sfence(); }

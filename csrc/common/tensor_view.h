@@ -24,6 +24,7 @@ struct TensorView {
     T* as() const {
         return static_cast<T*>(data);
     }
+    bool given() const { return ndim > 0; }  // or None came in its place
     int64_t numel() const;
     bool is_contiguous() const;
     std::string shape() const;  // "(2, 16, 3072)", for messages

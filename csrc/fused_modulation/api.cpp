@@ -2,8 +2,8 @@
 #include "common/check.h"
 #include "common/registry.h"
 #include "common/streaming.h"
+#include "common/tensor_caster.h"
 #include "fused_modulation/cpu.h"
-#include "fused_modulation/views.h"
 #ifdef HUNYUAN_FAST_CUDA
 #include "fused_modulation/cuda.h"
 #endif
@@ -12,8 +12,6 @@ namespace hunyuan_fast::fused_modulation {
 namespace {
 
 using Shape = std::initializer_list<int64_t>;
-
-bool given(TensorView const& t) { return t.ndim > 0; }
 
 bool is_floating(DType dtype) { return dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16; }
 
@@ -31,7 +29,7 @@ public:
     }
 
     Rows rows(TensorView const& t, char const* name, DType dtype) const {
-        if (!given(t)) return {};
+        if (!t.given()) return {};
         check(t, name, dtype, {sizes.B, sizes.L, sizes.E});
         check_last(t, name);
         return {t.data, t.stride[0], t.stride[1]};
@@ -40,7 +38,7 @@ public:
     Rows rows(TensorView const& t, char const* name) const { return rows(t, name, x_.dtype); }
 
     Vectors vectors(TensorView const& t, char const* name) const {
-        if (!given(t)) return {};
+        if (!t.given()) return {};
         check_last(t, name);
         if (t.ndim == 2) {
             check(t, name, vector_, {sizes.B, sizes.E});
@@ -51,8 +49,8 @@ public:
     }
 
     Index index(TensorView const& t, TensorView const& vector) const {
-        HUNYUAN_CHECK(given(t) == (vector.ndim == 3), "vectors must be (B, M, E) with an index, (B, E) without");
-        if (!given(t)) return {};
+        HUNYUAN_CHECK(t.given() == (vector.ndim == 3), "vectors must be (B, M, E) with an index, (B, E) without");
+        if (!t.given()) return {};
         HUNYUAN_CHECK(t.dtype == DType::i64 || t.dtype == DType::i32, "index must be int32 or int64, got ",
                       name_of(t.dtype));
         check(t, "index", t.dtype, {sizes.B, sizes.L});
@@ -61,7 +59,7 @@ public:
 
     // (2, B, L): means, then reciprocal deviations.
     void statistics(TensorView const& t, float*& mean, float*& rstd) const {
-        if (!given(t)) return;
+        if (!t.given()) return;
         mean = contiguous<float>(t, "stats", DType::f32, {2, sizes.B, sizes.L});
         rstd = mean + sizes.B * sizes.L;
     }
@@ -72,7 +70,7 @@ public:
     }
 
     void* gradient(TensorView const& t, char const* name, DType dtype) const {
-        if (!given(t)) return nullptr;
+        if (!t.given()) return nullptr;
         if (t.ndim == 2) return contiguous<void>(t, name, dtype, {sizes.B, sizes.E});
         return contiguous<void>(t, name, dtype, {sizes.B, sizes.M, sizes.E});
     }
@@ -108,7 +106,7 @@ private:
 bool streamed(std::initializer_list<TensorView const*> outputs) {
     bool streams = true;
     for (TensorView const* out : outputs) {
-        if (!given(*out)) continue;
+        if (!out->given()) continue;
         if (out->device == kHost) prefer_huge_pages(*out);
         streams = streams && worth_streaming(*out);
     }
@@ -118,12 +116,12 @@ bool streamed(std::initializer_list<TensorView const*> outputs) {
 struct ForwardViews {
     TensorView x, y, gate, shift, scale, index, residual, modulated, stats;
 
-    TensorView const& vector() const { return given(scale) ? scale : gate; }
+    TensorView const& vector() const { return scale.given() ? scale : gate; }
 
     ForwardParams params(double eps) const {
         Call const call(x, vector());
-        HUNYUAN_CHECK(given(gate) == given(y) && given(gate) == given(residual) && given(shift) == given(scale) &&
-                          given(scale) == given(modulated) && given(scale) == given(stats),
+        HUNYUAN_CHECK(gate.given() == y.given() && gate.given() == residual.given() && shift.given() == scale.given() &&
+                          scale.given() == modulated.given() && scale.given() == stats.given(),
                       "a half of the call is incomplete");
         ForwardParams p;
         p.sizes = call.sizes;
@@ -146,29 +144,29 @@ struct BackwardViews {
     TensorView dresidual, dmodulated, residual, y, gate, scale, index, stats, partials;
     TensorView dx, dy, dshift, dscale, dgate;
 
-    TensorView const& x() const { return given(residual) ? residual : dresidual; }
-    TensorView const& vector() const { return given(scale) ? scale : gate; }
+    TensorView const& x() const { return residual.given() ? residual : dresidual; }
+    TensorView const& vector() const { return scale.given() ? scale : gate; }
 
     BackwardParams params(int64_t chunk_rows, DType vector_gradient) const {
         Call const call(x(), vector());
-        bool const norm = given(scale);
-        HUNYUAN_CHECK(given(dmodulated) == norm && given(residual) == norm && given(stats) == norm &&
-                          given(dx) == norm && given(dshift) == norm && given(dscale) == norm,
+        bool const norm = scale.given();
+        HUNYUAN_CHECK(dmodulated.given() == norm && residual.given() == norm && stats.given() == norm &&
+                          dx.given() == norm && dshift.given() == norm && dscale.given() == norm,
                       "the norm half of the call is incomplete");
-        HUNYUAN_CHECK(given(dgate) == given(y) && (given(gate) || (norm && !given(y) && !given(dy))),
+        HUNYUAN_CHECK(dgate.given() == y.given() && (gate.given() || (norm && !y.given() && !dy.given())),
                       "the gate half of the call is incomplete");
         HUNYUAN_CHECK(chunk_rows > 0, "chunk_rows must be positive, got ", chunk_rows);
         BackwardParams p;
         p.sizes = call.sizes;
         p.chunk_rows = chunk_rows;
         p.chunks = (p.sizes.L + chunk_rows - 1) / chunk_rows;
-        p.sums = (norm ? 2 : 0) + (given(dgate) ? 1 : 0);
+        p.sums = (norm ? 2 : 0) + (dgate.given() ? 1 : 0);
         p.dresidual = call.rows(dresidual, "dresidual");
         p.dmodulated = call.rows(dmodulated, "dmodulated");
         p.residual = call.rows(residual, "residual");
         p.y = call.rows(y, "y", y.dtype);
         p.dx = call.rows(dx, "dx");
-        p.dy = call.rows(dy, "dy", given(y) ? y.dtype : dy.dtype);
+        p.dy = call.rows(dy, "dy", y.given() ? y.dtype : dy.dtype);
         p.gate = call.vectors(gate, "gate");
         p.scale = call.vectors(scale, "scale");
         p.index = call.index(index, vector());
@@ -191,30 +189,26 @@ void check_kind(Kind const& kind, TensorView const& x) {
                   name_of(kind.y), " beside x of ", name_of(kind.x));
 }
 
-void forward_host(py::handle x, py::handle shift, py::handle scale, double eps, py::handle y, py::handle gate,
-                  py::handle index, py::handle residual, py::handle modulated, py::handle stats, int num_threads) {
-    auto const& the = ViewReader::the();
-    ForwardViews const v{the.read(x),     the.read(y),        the.read(gate),      the.read(shift), the.read(scale),
-                         the.read(index), the.read(residual), the.read(modulated), the.read(stats)};
-    py::gil_scoped_release const unlocked;
-    bool const gated = given(v.gate);
-    Kind const kind{v.x.dtype, gated ? v.y.dtype : v.x.dtype, v.vector().dtype, gated, given(v.scale)};
-    check_kind(kind, v.x);
+void forward_host(TensorView const& x, TensorView const& shift, TensorView const& scale, double eps,
+                  TensorView const& y, TensorView const& gate, TensorView const& index,
+                  TensorView const& residual, TensorView const& modulated, TensorView const& stats,
+                  int num_threads) {
+    ForwardViews const v{x, y, gate, shift, scale, index, residual, modulated, stats};
+    bool const gated = gate.given();
+    Kind const kind{x.dtype, gated ? y.dtype : x.dtype, v.vector().dtype, gated, scale.given()};
+    check_kind(kind, x);
     forward_cpu(kind, v.params(eps), num_threads);
 }
 
-void backward_host(py::handle dmodulated, py::handle residual, py::handle scale, py::handle stats,
-                   py::handle dresidual, py::handle y, py::handle gate, py::handle index, py::handle partials,
-                   int64_t chunk_rows, py::handle dx, py::handle dshift, py::handle dscale, py::handle dy,
-                   py::handle dgate, int num_threads) {
-    auto const& the = ViewReader::the();
-    BackwardViews const v{the.read(dresidual), the.read(dmodulated), the.read(residual), the.read(y),
-                          the.read(gate),      the.read(scale),      the.read(index),    the.read(stats),
-                          the.read(partials),  the.read(dx),         the.read(dy),       the.read(dshift),
-                          the.read(dscale),    the.read(dgate)};
-    py::gil_scoped_release const unlocked;
-    DType const y_dtype = given(v.y) ? v.y.dtype : given(v.dy) ? v.dy.dtype : v.x().dtype;
-    Kind const kind{v.x().dtype, y_dtype, v.vector().dtype, given(v.gate), given(v.scale)};
+void backward_host(TensorView const& dmodulated, TensorView const& residual, TensorView const& scale,
+                   TensorView const& stats, TensorView const& dresidual, TensorView const& y,
+                   TensorView const& gate, TensorView const& index, TensorView const& partials,
+                   int64_t chunk_rows, TensorView const& dx, TensorView const& dshift, TensorView const& dscale,
+                   TensorView const& dy, TensorView const& dgate, int num_threads) {
+    BackwardViews const v{dresidual, dmodulated, residual, y,  gate,   scale,  index,
+                          stats,     partials,   dx,       dy, dshift, dscale, dgate};
+    DType const y_dtype = y.given() ? y.dtype : dy.given() ? dy.dtype : v.x().dtype;
+    Kind const kind{v.x().dtype, y_dtype, v.vector().dtype, gate.given(), scale.given()};
     check_kind(kind, v.x());
     backward_cpu(kind, v.params(chunk_rows, kind.vector), num_threads);
 }
@@ -227,31 +221,26 @@ Modulation modulation_of(TensorView const& x, TensorView const& scale) {
     return scale.dtype == DType::f32 ? Modulation::f32 : Modulation::as_x;
 }
 
-void forward_cuda(py::handle x, py::handle shift, py::handle scale, double eps, py::handle modulated,
-                  py::handle stats, int threads, int vectors, uintptr_t stream) {
-    auto const& the = ViewReader::the();
+void forward_cuda(TensorView const& x, TensorView const& shift, TensorView const& scale, double eps,
+                  TensorView const& modulated, TensorView const& stats, int threads, int vectors,
+                  uintptr_t stream) {
     ForwardViews v;
-    v.x = the.read(x), v.shift = the.read(shift), v.scale = the.read(scale);
-    v.modulated = the.read(modulated), v.stats = the.read(stats);
-    py::gil_scoped_release const unlocked;
-    auto const launcher =
-        v.x.dtype == DType::f32 ? forward_f32 : v.x.dtype == DType::f16 ? forward_f16 : forward_bf16;
-    launcher(v.params(eps), modulation_of(v.x, v.scale), {threads, vectors, reinterpret_cast<void*>(stream)});
+    v.x = x, v.shift = shift, v.scale = scale, v.modulated = modulated, v.stats = stats;
+    auto const launcher = x.dtype == DType::f32 ? forward_f32 : x.dtype == DType::f16 ? forward_f16 : forward_bf16;
+    launcher(v.params(eps), modulation_of(x, scale), {threads, vectors, reinterpret_cast<void*>(stream)});
 }
 
-void backward_cuda(py::handle dmodulated, py::handle residual, py::handle scale, py::handle stats,
-                   py::handle partials, int64_t chunk_rows, py::handle dx, py::handle dshift, py::handle dscale,
-                   int threads, int vectors, uintptr_t stream) {
-    auto const& the = ViewReader::the();
+void backward_cuda(TensorView const& dmodulated, TensorView const& residual, TensorView const& scale,
+                   TensorView const& stats, TensorView const& partials, int64_t chunk_rows, TensorView const& dx,
+                   TensorView const& dshift, TensorView const& dscale, int threads, int vectors,
+                   uintptr_t stream) {
     BackwardViews v;
-    v.dmodulated = the.read(dmodulated), v.residual = the.read(residual), v.scale = the.read(scale);
-    v.stats = the.read(stats), v.partials = the.read(partials), v.dx = the.read(dx);
-    v.dshift = the.read(dshift), v.dscale = the.read(dscale);
-    py::gil_scoped_release const unlocked;
-    auto const launcher = v.residual.dtype == DType::f32   ? backward_f32
-                          : v.residual.dtype == DType::f16 ? backward_f16
-                                                           : backward_bf16;
-    launcher(v.params(chunk_rows, DType::f32), modulation_of(v.residual, v.scale),
+    v.dmodulated = dmodulated, v.residual = residual, v.scale = scale, v.stats = stats;
+    v.partials = partials, v.dx = dx, v.dshift = dshift, v.dscale = dscale;
+    auto const launcher = residual.dtype == DType::f32   ? backward_f32
+                          : residual.dtype == DType::f16 ? backward_f16
+                                                         : backward_bf16;
+    launcher(v.params(chunk_rows, DType::f32), modulation_of(residual, scale),
              {threads, vectors, reinterpret_cast<void*>(stream)});
 }
 #endif
@@ -259,11 +248,12 @@ void backward_cuda(py::handle dmodulated, py::handle residual, py::handle scale,
 }  // namespace
 
 HUNYUAN_FAST_BIND(fused_modulation, m) {
-    m.def("fused_modulation_forward_cpu", &forward_host);
-    m.def("fused_modulation_backward_cpu", &backward_host);
+    using release_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
+    m.def("fused_modulation_forward_cpu", &forward_host, release_gil());
+    m.def("fused_modulation_backward_cpu", &backward_host, release_gil());
 #ifdef HUNYUAN_FAST_CUDA
-    m.def("fused_modulation_forward_cuda", &forward_cuda);
-    m.def("fused_modulation_backward_cuda", &backward_cuda);
+    m.def("fused_modulation_forward_cuda", &forward_cuda, release_gil());
+    m.def("fused_modulation_backward_cuda", &backward_cuda, release_gil());
 #endif
 }
 

@@ -70,12 +70,18 @@ Grid flat_grid_of(std::initializer_list<Side> sides) {
     return flat;
 }
 
+// A new output: whether to write it past the caches.
+bool streamed(TensorView const& fresh) {
+    prefer_huge_pages(fresh);
+    return worth_streaming(fresh);
+}
+
 void forward_host(TensorView const& x, TensorView const& y, bool y_is_fresh, int num_threads) {
     check_x(x);
     check(y, "y", x);
     check_width(y, "y", x.size[x.ndim - 1]);
-    if (y_is_fresh) prefer_huge_pages(y);
     ForwardParams p;
+    p.streams = y_is_fresh && streamed(y);
     p.x.data = x.data;
     p.y.data = y.data;
     p.grid = flat_grid_of({{x, p.x}, {y, p.y}});
@@ -88,8 +94,8 @@ void concat_host(TensorView const& left, TensorView const& x, TensorView const& 
     check(y, "y", x);
     int64_t const width = left.size[left.ndim - 1];
     check_width(y, "y", width + x.size[x.ndim - 1]);
-    prefer_huge_pages(y);
     ForwardParams p;
+    p.streams = streamed(y);
     p.x.data = x.data;
     p.y.data = y.as<char>() + width * element_size(x.dtype);
     p.grid = grid_of({{x, p.x}, {y, p.y}});
@@ -107,8 +113,8 @@ void backward_host(TensorView const& dy, TensorView const& x, TensorView const& 
         check(t, name, x);
         check_width(t, name, x.size[x.ndim - 1]);
     }
-    prefer_huge_pages(dx);
     BackwardParams p;
+    p.streams = streamed(dx);
     p.dy.data = dy.data;
     p.x.data = x.data;
     p.dx.data = dx.data;

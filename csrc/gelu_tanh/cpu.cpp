@@ -15,8 +15,8 @@ constexpr int64_t kSmallestPiece = 16 * 1024;
 constexpr int64_t kLargestPiece = 512 * 1024;
 
 int64_t elements_per_piece(int64_t count, int num_threads) {
-    int64_t const few = count / (8 * std::max(num_threads, 1));
-    return std::min(std::max(few, kSmallestPiece), kLargestPiece);
+    int64_t const few = count / (8 * std::max(num_threads, 1)) / kSmallestPiece * kSmallestPiece;
+    return std::min(std::max(few, kSmallestPiece), kLargestPiece);  // whole lines of the cache
 }
 
 CpuKernels const& kernels(DType dtype) {

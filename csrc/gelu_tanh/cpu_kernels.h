@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/simd_math.h"
+#include "common/simd_pair.h"
 #include "gelu_tanh/cpu.h"
 
 namespace hunyuan_fast::gelu_tanh::HUNYUAN_FAST_ISA {
@@ -62,50 +63,23 @@ inline typename T::Storage* at(Grid const& grid, Rows const& rows, int64_t row, 
     return static_cast<typename T::Storage*>(rows.data) + offset_of(grid, rows, row) + column;
 }
 
-// Pairs of bfloat16 that lie in one word each: taken apart and joined by shifts within the words, which are
-// cheaper than moving lanes. Rounded to nearest even on the bits; NaN needs no care, because those that come
-// of bfloat16 have no bits set below.
-inline Vec lower(VecBits words) { return (Vec)(words << 16); }
-inline Vec upper(VecBits words) { return (Vec)(words & 0xffff0000u); }
-#if defined(__AVX512F__)
-inline VecBits rounded(VecBits bits) {
-    __m512i const up = (__m512i)(bits + 0x7fffu);
-    __mmask16 const odd = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x10000));
-    return (VecBits)_mm512_mask_sub_epi32(up, odd, up, _mm512_set1_epi32(-1));
-}
-#else
-inline VecBits rounded(VecBits bits) { return bits + 0x7fffu + ((bits >> 16) & 1u); }
-#endif
-inline VecBits joined(Vec low, Vec high) {
-    return (rounded((VecBits)low) >> 16) | (rounded((VecBits)high) & 0xffff0000u);
-}
-
-// result[i] = f(inputs[i]...) for i < count.
+// f of every element, past the caches where that is wanted and the part begins where it can.
 template <class T, class F, class... Inputs>
-inline void map(T type, F f, int64_t count, typename T::Storage* result, Inputs const*... inputs) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(type, result + i, f(load(type, inputs + i)...));
-    if (i < count) store_tail(type, result + i, f(load_tail(type, inputs + i, count - i)...), count - i);
-}
-
-template <class F, class... Inputs>
-inline void map(BFloat16 type, F f, int64_t count, uint16_t* result, Inputs const*... inputs) {
-    int64_t i = 0;
-    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-        Vec const low = f(lower(load_as<VecBits>(inputs + i))...);
-        Vec const high = f(upper(load_as<VecBits>(inputs + i))...);
-        store_as(result + i, joined(low, high));
-    }
-    for (; i + kLanes <= count; i += kLanes) store(type, result + i, f(load(type, inputs + i)...));
-    if (i < count) store_tail(type, result + i, f(load_tail(type, inputs + i, count - i)...), count - i);
+inline void map(T type, F f, int64_t count, typename T::Storage* result, bool streams, Inputs const*... inputs) {
+    bool const aligned = reinterpret_cast<uintptr_t>(result) % kStreamAlignment == 0;
+    auto const each = [&](auto... v) { return Pair{f(v.a...), f(v.b...)}; };
+    for_each_pair(count, [&](int64_t i, int, auto elements) {
+        write(type, result + i, each(load(type, inputs + i, elements)...), elements, streams && aligned);
+    });
 }
 
 template <class T>
 void forward(ForwardParams const& p, int64_t begin, int64_t end) {
     for_each_part(p.grid, begin, end, [&](int64_t row, int64_t column, int64_t count) {
         auto const* x = at<T>(p.grid, p.x, row, column);
-        map(T(), [](Vec v) { return gelu<T>(v); }, count, at<T>(p.grid, p.y, row, column), x);
+        map(T(), [](Vec v) { return gelu<T>(v); }, count, at<T>(p.grid, p.y, row, column), p.streams, x);
     });
+    if (p.streams) finish_streams();
 }
 
 template <class T>
@@ -114,8 +88,9 @@ void backward(BackwardParams const& p, int64_t begin, int64_t end) {
         auto const* dy = at<T>(p.grid, p.dy, row, column);
         auto const* x = at<T>(p.grid, p.x, row, column);
         auto const product = [](Vec d, Vec v) { return d * gelu_slope<T>(v); };
-        map(T(), product, count, at<T>(p.grid, p.dx, row, column), dy, x);
+        map(T(), product, count, at<T>(p.grid, p.dx, row, column), p.streams, dy, x);
     });
+    if (p.streams) finish_streams();
 }
 
 template <class T>

@@ -25,6 +25,7 @@ struct ForwardParams {
     Grid grid;
     Rows x;
     Rows y;
+    bool streams = false;  // past the caches
 };
 
 // dx = dy gelu'(x).
@@ -33,6 +34,7 @@ struct BackwardParams {
     Rows dy;
     Rows x;
     Rows dx;
+    bool streams = false;  // past the caches
 };
 
 // The rows that stand before those of y: copied as they are, element_size bytes for each element.

@@ -1,8 +1,5 @@
 // What Python sees: tensors are checked, turned into the structs of params.h, and handed to a launcher.
-#include <pybind11/stl.h>
-
 #include <initializer_list>
-#include <optional>
 
 #include "common/check.h"
 #include "common/registry.h"
@@ -16,7 +13,6 @@ namespace hunyuan_fast::qk_norm_rope {
 namespace {
 
 using Shape = std::initializer_list<int64_t>;
-using Optional = std::optional<TensorView>;
 
 void check(TensorView const& t, char const* name, DType dtype, Shape size) {
     HUNYUAN_CHECK(t.device == kHost, name, " must be in host memory");
@@ -73,30 +69,30 @@ bool streamed(TensorView const& out, Sizes const& sizes) {
 
 // Everything that forward and backward have in common.
 void fill(Inputs& p, DType dtype, Sizes const& sizes, TensorView const& qkv, TensorView const& q_weight,
-          TensorView const& k_weight, TensorView const& cos, TensorView const& sin, Optional const& text_qkv,
-          Optional const& text_q_weight, Optional const& text_k_weight, double eps) {
+          TensorView const& k_weight, TensorView const& cos, TensorView const& sin, TensorView const& text_qkv,
+          TensorView const& text_q_weight, TensorView const& text_k_weight, double eps) {
     HUNYUAN_CHECK(qkv.ndim == 3 && qkv.size[1] <= sizes.L, "qkv must be (B, L, 3ND), got ", qkv.shape());
     int64_t const length = qkv.size[1];
     p.sizes = sizes;
     p.cos = table(cos, "cos", sizes);
     p.sin = table(sin, "sin", sizes);
     p.eps = eps;
-    p.streams = text_qkv ? 2 : 1;
-    p.stream[0].qkv = packed(qkv, "qkv", dtype, sizes, text_qkv ? length : sizes.L);
+    p.streams = text_qkv.given() ? 2 : 1;
+    p.stream[0].qkv = packed(qkv, "qkv", dtype, sizes, text_qkv.given() ? length : sizes.L);
     p.stream[0].weights[0] = weight(q_weight, "q_weight", sizes);
     p.stream[0].weights[1] = weight(k_weight, "k_weight", sizes);
     HUNYUAN_CHECK(sizes.L_video <= length, "cos has more rows than qkv: ", sizes.L_video, " and ", length);
-    if (!text_qkv) return;
-    HUNYUAN_CHECK(text_q_weight && text_k_weight, "text_qkv comes without its weights");
+    if (!text_qkv.given()) return;
+    HUNYUAN_CHECK(text_q_weight.given() && text_k_weight.given(), "text_qkv comes without its weights");
     p.stream[1].first = length;
-    p.stream[1].qkv = packed(*text_qkv, "text_qkv", dtype, sizes, sizes.L - length);
-    p.stream[1].weights[0] = weight(*text_q_weight, "text_q_weight", sizes);
-    p.stream[1].weights[1] = weight(*text_k_weight, "text_k_weight", sizes);
+    p.stream[1].qkv = packed(text_qkv, "text_qkv", dtype, sizes, sizes.L - length);
+    p.stream[1].weights[0] = weight(text_q_weight, "text_q_weight", sizes);
+    p.stream[1].weights[1] = weight(text_k_weight, "text_k_weight", sizes);
 }
 
 void forward_host(TensorView const& qkv, TensorView const& q_weight, TensorView const& k_weight,
-                  TensorView const& cos, TensorView const& sin, Optional const& text_qkv,
-                  Optional const& text_q_weight, Optional const& text_k_weight, double eps, TensorView const& q,
+                  TensorView const& cos, TensorView const& sin, TensorView const& text_qkv,
+                  TensorView const& text_q_weight, TensorView const& text_k_weight, double eps, TensorView const& q,
                   TensorView const& k, TensorView const& v, int num_threads) {
     ForwardParams p;
     auto const sizes = sizes_of(q, cos);
@@ -111,9 +107,9 @@ void forward_host(TensorView const& qkv, TensorView const& q_weight, TensorView 
 
 void backward_host(TensorView const& dq, TensorView const& dk, TensorView const& dv, TensorView const& qkv,
                    TensorView const& q_weight, TensorView const& k_weight, TensorView const& cos,
-                   TensorView const& sin, Optional const& text_qkv, Optional const& text_q_weight,
-                   Optional const& text_k_weight, double eps, TensorView const& partials, int64_t chunk_rows,
-                   TensorView const& dqkv, Optional const& dtext_qkv, TensorView const& dweights,
+                   TensorView const& sin, TensorView const& text_qkv, TensorView const& text_q_weight,
+                   TensorView const& text_k_weight, double eps, TensorView const& partials, int64_t chunk_rows,
+                   TensorView const& dqkv, TensorView const& dtext_qkv, TensorView const& dweights,
                    int num_threads) {
     BackwardParams p;
     auto const sizes = sizes_of(dq, cos);
@@ -123,10 +119,10 @@ void backward_host(TensorView const& dq, TensorView const& dk, TensorView const&
     p.gradient[2] = heads(dv, "dv", dq.dtype, sizes);
     p.stream[0].dqkv = packed(dqkv, "dqkv", dq.dtype, sizes, qkv.size[1]);
     p.stream[0].streams = streamed(dqkv, sizes);
-    if (text_qkv) {
-        HUNYUAN_CHECK(dtext_qkv.has_value(), "dtext_qkv is missing");
-        p.stream[1].dqkv = packed(*dtext_qkv, "dtext_qkv", dq.dtype, sizes, text_qkv->size[1]);
-        p.stream[1].streams = streamed(*dtext_qkv, sizes);
+    if (text_qkv.given()) {
+        HUNYUAN_CHECK(dtext_qkv.given(), "dtext_qkv is missing");
+        p.stream[1].dqkv = packed(dtext_qkv, "dtext_qkv", dq.dtype, sizes, text_qkv.size[1]);
+        p.stream[1].streams = streamed(dtext_qkv, sizes);
     }
     HUNYUAN_CHECK(chunk_rows > 0, "chunk_rows must be positive, got ", chunk_rows);
     p.chunk_rows = chunk_rows;

@@ -21,6 +21,7 @@ from hunyuan_fast.trainer.nano.evaluate import (
 NANO = ASSETS / "nano"
 NUM_PROMPTS = 72
 
+
 @pytest.fixture(scope="module")
 def pipe():
     return HunyuanVideoPipeline.from_pretrained("nano")

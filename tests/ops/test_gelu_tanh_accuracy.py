@@ -96,11 +96,12 @@ def test_more_exact_than_torch_far_below_zero(name):
 @pytest.mark.parametrize("isa", ["plain", "avx2"])
 def test_lower_instruction_sets(isa):
     pytest.importorskip("hunyuan_fast._C")
-    files = [__file__, str(Path(__file__).with_name("test_gelu_tanh.py"))]
+    names = ("test_gelu_tanh.py", "test_gelu_tanh_large.py")
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in names)]
     wanted = "16_bits or single_precision or every_width or the_ends or layouts"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-        + ["-k", f"cpu_impl and ({wanted})"],
+        + ["-k", f"(cpu_impl and ({wanted})) or large"],
         env={**os.environ, "HUNYUAN_FAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
