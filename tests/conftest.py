@@ -19,6 +19,21 @@ OPS = Path(__file__).parent / "ops"
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--resources", action="store_true", help="print what kernels compiled ahead of time use"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.getoption("--resources"):
+        from tests.kit.aot import resources_table
+
+        terminalreporter.section("kernels compiled ahead of time")
+        for line in resources_table():
+            terminalreporter.write_line(line)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -13,6 +13,8 @@ the Triton wheel brings. Results are kept for the session, and Triton's own cach
         arch=90,
     )])[0]
     report.assert_lean(max_registers=64)
+
+``python -m pytest tests/ops -k ahead --resources`` prints what every kernel of the tests uses.
 """
 
 import importlib
@@ -88,13 +90,39 @@ class Resources:
             )
 
 
+# What this session has compiled.
+_reported: list[tuple[Specialisation, Resources]] = []
+
+
 def compile_ahead(specialisations: Sequence[Specialisation]) -> list[Resources]:
     """Compile all of them in one process and report on each, in order.
 
     Raises RuntimeError with the compiler's words when one does not compile.
     """
     request = json.dumps([asdict(specialisation) for specialisation in specialisations])
-    return [_resources(entry) for entry in json.loads(_compile_in_process(request))]
+    reports = [_resources(entry) for entry in json.loads(_compile_in_process(request))]
+    _reported.extend(zip(specialisations, reports, strict=True))
+    return reports
+
+
+def resources_table() -> list[str]:
+    """A table in Markdown: of every kernel and architecture compiled so far the largest use."""
+    rows: dict[tuple[str, str, int], list[Resources]] = {}
+    for asked, found in _reported:
+        room = asked.module.split(".")[-2]
+        rows.setdefault((room, found.kernel, found.arch), []).append(found)
+    lines = [
+        "| op | kernel | architecture | variants | registers | spills | bytes per access |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    for (room, kernel, arch), found in sorted(rows.items()):
+        spills = max(r.stack_bytes + r.local_memory_instructions for r in found)
+        widest = min(max(r.global_accesses) for r in found) // 8
+        lines.append(
+            f"| {room} | {kernel} | sm_{arch} | {len(found)} | {max(r.registers for r in found)} "
+            f"| {spills} | {widest} |"
+        )
+    return lines
 
 
 @cache
