@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hunyuan_fast import ops
 from hunyuan_fast.dispatch import explain, implementations, select, use
 from hunyuan_fast.kernels.fused_modulation import reference
-from hunyuan_fast.ops.fused_modulation import _watched
 from tests.kit.numerics import assert_equal
 from tests.ops.fused_modulation_cases import (
     BOTH,
@@ -140,21 +139,6 @@ def test_whoever_watches_sees_the_operators(function, generator):
         watched = call_function(call)
     assert_same_bits(watched, alone)
     assert str(FORWARD) in seen.names and str(BACKWARD) in seen.names
-
-
-def test_who_counts_as_watching():
-    x = torch.zeros(1, 1, 1)
-    assert not _watched(x, None, torch.nn.Parameter(x))
-    assert _watched(torch.Tensor._make_subclass(type("Own", (torch.Tensor,), {}), x))
-    with FakeTensorMode() as mode:
-        assert _watched(x)
-    assert _watched(mode.from_tensor(x))
-    with torch.device("cpu"):
-        assert _watched(x)
-    inside = []
-    torch.func.vmap(lambda t: (inside.append(_watched(t)), t)[1])(x)
-    torch.jit.trace(lambda t: (inside.append(_watched(t)), t + 1)[1], x, check_trace=False)
-    assert inside[:2] == [True, True]
 
 
 def test_fake_tensors_have_the_shapes_of_real_ones():
