@@ -40,6 +40,8 @@ def define(
 ) -> _Function:
     """Register ``hunyuan_fast::<name>``, and return what calls it, with all arguments by position.
 
+    A call has at least one tensor, and all its tensors are on one device.
+
     schema: ``name(Tensor x, Tensor(a!) out) -> Tensor``; a mark like ``(a!)`` is on what the kernel
         writes into. A tuple may hold results that a call does not have: the kernel and the fake
         return None for them. An operator cannot: to whom it answers, they are empty tensors.
@@ -72,9 +74,12 @@ def define(
         for arg in args:
             kind = type(arg)
             if kind is Tensor or kind is Parameter:
+                tensor = arg
                 requires_grad = requires_grad or arg.requires_grad
             elif kind not in _PLAIN:
                 return library(*args)
+        if tensor.is_meta:  # then all are: there is nothing to compute, and the fake answers
+            return library(*args)
         if requires_grad and torch.is_grad_enabled():
             return differentiable(*args)
         for position in positions:

@@ -1,5 +1,7 @@
 """Around the kernels: refusals, registration, compilation, autocast, the short way."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -139,6 +141,31 @@ def test_whoever_watches_sees_the_operators(function, generator):
         watched = call_function(call)
     assert_same_bits(watched, alone)
     assert str(FORWARD) in seen.names and str(BACKWARD) in seen.names
+
+
+@pytest.mark.parametrize("way", ["short", "library", "compiled"])
+def test_gradients_of_the_residual_alone(way, generator):
+    """Where nobody uses the modulated half, its vectors have no gradients."""
+    call = draw_call(BOTH, (2, 5, 16), generator, torch.bfloat16)
+    leaves = [t.requires_grad_() for t in call.tensors.values()]
+    function = ops.gate_residual_layer_norm_modulate
+    if way == "compiled":
+        function = torch.compile(
+            lambda *t: ops.gate_residual_layer_norm_modulate(*t)[:1],
+            fullgraph=True,
+            backend="aot_eager",
+        )
+    with Seen() if way == "library" else nullcontext():
+        residual, *_ = function(*leaves)
+        options = {"allow_unused": True, "materialize_grads": True}
+        gradients = torch.autograd.grad(residual, leaves, call.gradients["residual"], **options)
+    alone = torch.autograd.grad(
+        ops.gate_residual(*leaves[:3]), leaves[:3], call.gradients["residual"]
+    )
+    vectors = call.tensors["shift"], call.tensors["scale"]
+    wanted = (*alone, *(torch.zeros_like(t) for t in vectors))
+    for name, got, expected in zip(call.tensors, gradients, wanted, strict=True):
+        assert_equal(got, expected, name=name)
 
 
 def test_fake_tensors_have_the_shapes_of_real_ones():
