@@ -61,7 +61,7 @@ def define(
     definition = custom_op(qualified, _without_none(kernel), mutates_args=names, schema=signature)
     definition.register_fake(_without_none(fake))
     library = getattr(torch.ops.hunyuan_fast, name).default
-    differentiable = library
+    differentiable = library  # which refuses the backward of an op without gradients
     if gradients is not None:
         save = save or _keep_nothing
         definition.register_autograd(gradients, setup_context=save)

@@ -327,7 +327,6 @@ WRITERS = {
     "attention": (HEADED, lambda x, out: ops.attention(x, x, x, out=out)),
 }
 each_writer = pytest.mark.parametrize("writer", WRITERS)
-each_way = pytest.mark.parametrize("way", [nullcontext, Seen])
 
 
 @each_way
