@@ -40,8 +40,12 @@ def _probe_fake(x: Tensor, *_: object) -> tuple[Tensor, None]:
     return x.new_empty(x.shape), None
 
 
+SAVED: list[float] = []
+
+
 def _probe_save(ctx, inputs, output) -> None:
     ctx.factor = inputs[1]
+    SAVED.append(ctx.factor)
 
 
 def _probe_gradients(ctx, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -244,6 +248,16 @@ def test_tensors_without_memory_have_the_shapes_of_real_ones(case, generator):
 
 
 # ---- who takes part in autograd
+
+
+@each_way
+def test_nothing_is_kept_where_no_gradient_can_be_asked_for(way):
+    with way():
+        for requires_grad, grad_mode in ((True, True), (True, False), (False, True)):
+            SAVED.clear()
+            with torch.set_grad_enabled(grad_mode):
+                probe(torch.randn(3, requires_grad=requires_grad))
+            assert len(SAVED) == (requires_grad and grad_mode)
 
 
 @each_way
