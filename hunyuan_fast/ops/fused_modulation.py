@@ -4,28 +4,17 @@ Formula and contract: ``hunyuan_fast.kernels.fused_modulation``.
 """
 
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from hunyuan_fast.dispatch import select
+from hunyuan_fast.ops.operator import define, refuse_second_derivative
 
 _ROOM = "fused_modulation"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _Tensors = tuple[Tensor | None, ...]
-
-# Who may look at a call. The names are private; in a torch without one of them everybody may.
-_SIGNS = (
-    "_len_torch_dispatch_stack",
-    "_is_torch_function_mode_enabled",
-    "_are_functorch_transforms_active",
-    "_get_tracing_state",
-)
-_dispatch_modes, _function_modes, _transforms, _tracing = (
-    getattr(torch._C, sign, lambda: True) for sign in _SIGNS
-)
 
 
 def layer_norm_modulate(
@@ -47,8 +36,8 @@ def layer_norm_modulate(
     """
     _check_rows(x)
     _check_vectors(x, index, ("shift", shift), ("scale", scale))
-    _, modulated = _call(x, shift, scale, _checked_eps(eps), None, None, index)
-    return modulated  # type: ignore[return-value]
+    _, modulated, _ = _forward(x, shift, scale, _checked_eps(eps), None, None, index)
+    return modulated
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, index: Tensor | None = None) -> Tensor:
@@ -62,8 +51,8 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, index: Tensor | None = 
     """
     _check_rows(x, y)
     _check_vectors(x, index, ("gate", gate))
-    residual, _ = _call(x, None, None, 0.0, y, gate, index)
-    return residual  # type: ignore[return-value]
+    residual, _, _ = _forward(x, None, None, 0.0, y, gate, index)
+    return residual
 
 
 def gate_residual_layer_norm_modulate(
@@ -85,10 +74,11 @@ def gate_residual_layer_norm_modulate(
     """
     _check_rows(x, y)
     _check_vectors(x, index, ("gate", gate), ("shift", shift), ("scale", scale))
-    return _call(x, shift, scale, _checked_eps(eps), y, gate, index)  # type: ignore[return-value]
+    residual, modulated, _ = _forward(x, shift, scale, _checked_eps(eps), y, gate, index)
+    return residual, modulated
 
 
-def _call(
+def _forward_kernel(
     x: Tensor,
     shift: Tensor | None,
     scale: Tensor | None,
@@ -97,47 +87,13 @@ def _call(
     gate: Tensor | None,
     index: Tensor | None,
 ) -> _Tensors:
-    """residual and modulated, by the shortest way; None for that of a half which is missing.
-
-    torch.library costs some 10 microseconds a call and twice that with gradients, more than the
-    kernels take on small tensors. Nobody needs it where nobody looks.
-    """
-    if torch.compiler.is_compiling() or _watched(x, shift, scale, y, gate, index):
-        residual, modulated, _ = _forward_op(x, shift, scale, eps, y, gate, index)
-        return None if gate is None else residual, None if scale is None else modulated
-    if torch.is_grad_enabled():
-        for t in (x, shift, scale, y, gate):
-            if t is not None and t.requires_grad:
-                return _Direct.apply(x, shift, scale, eps, y, gate, index)  # type: ignore[no-any-return]
-    return _forward(x, shift, scale, eps, y, gate, index)[:2]
-
-
-def _watched(*tensors: Tensor | None) -> bool:
-    """Whether somebody traces, transforms or replaces calls of torch, or made the tensors to."""
-    for t in tensors:
-        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-            return True
-    return bool(_dispatch_modes() or _function_modes() or _transforms() or _tracing())
-
-
-def _forward(
-    x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-    y: Tensor | None,
-    gate: Tensor | None,
-    index: Tensor | None,
-) -> _Tensors:
-    if index is None:
-        implementation = select(_ROOM, x, shift, scale, eps, y, gate)
-    else:
+    if index is not None:
         _check_values(index, gate if scale is None else scale)  # type: ignore[arg-type]
-        implementation = select(_ROOM, x, shift, scale, eps, y, gate, index)
-    return implementation.forward(x, shift, scale, eps, y, gate, index)  # type: ignore[no-any-return]
+    implementation = select(_ROOM, x, shift, scale, eps, y, gate, index)
+    return implementation.forward(x, shift, scale, eps, y, gate, index)
 
 
-def _backward(
+def _backward_kernel(
     dmodulated: Tensor | None,
     residual: Tensor | None,
     scale: Tensor | None,
@@ -152,70 +108,22 @@ def _backward(
     # shift takes no part in backward; it looks like scale.
     x = dresidual if residual is None else residual
     implementation = select(_ROOM, x, scale, scale, eps, y, gate, index)
-    return implementation.backward(  # type: ignore[no-any-return]
+    return implementation.backward(
         dmodulated, residual, scale, stats, dresidual, y, gate, index, y_dtype
     )
 
 
-# One operator for the three functions: what a half that is missing would return is empty.
-@custom_op("hunyuan_fast::fused_modulation", mutates_args=())
-def _forward_op(
-    x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-    y: Tensor | None,
-    gate: Tensor | None,
-    index: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    residual, modulated, stats = _forward(x, shift, scale, eps, y, gate, index)
-    return _or_empty(residual, x), _or_empty(modulated, x), _or_empty(stats, x)
-
-
-@custom_op("hunyuan_fast::fused_modulation_bwd", mutates_args=())
-def _backward_op(
-    dmodulated: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    stats: Tensor | None,
-    dresidual: Tensor | None,
-    y: Tensor | None,
-    gate: Tensor | None,
-    index: Tensor | None,
-    y_dtype: torch.dtype | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = _backward(
-        dmodulated, residual, scale, stats, dresidual, y, gate, index, y_dtype, eps
-    )
-    like: Tensor = dresidual if residual is None else residual  # type: ignore[assignment]
-    dx, dshift, dscale, dy, dgate = (_or_empty(g, like) for g in gradients)
-    return dx, dshift, dscale, dy, dgate
-
-
-def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if t is None else t
-
-
-@_forward_op.register_fake
-def _(
-    x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-    y: Tensor | None,
-    gate: Tensor | None,
-    index: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    residual = x.new_empty(0 if gate is None else x.shape)
+def _fake_forward(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, y: Any, gate: Any, index: Any
+) -> _Tensors:
+    residual = None if gate is None else x.new_empty(x.shape)
     if scale is None:
-        return residual, x.new_empty(0), x.new_empty(0)
+        return residual, None, None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return residual, x.new_empty(x.shape), x.new_empty((2, *x.shape[:2]), dtype=dtype)
 
 
-@_backward_op.register_fake
-def _(
+def _fake_backward(
     dmodulated: Tensor | None,
     residual: Tensor | None,
     scale: Tensor | None,
@@ -226,10 +134,9 @@ def _(
     index: Tensor | None,
     y_dtype: torch.dtype | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> _Tensors:
     like: Tensor = dresidual if residual is None else residual  # type: ignore[assignment]
-    none = [like.new_empty(0) for _ in range(5)]
-    dx, dshift, dscale, dy, dgate = none
+    dx = dshift = dscale = dy = dgate = None
     if scale is not None:
         dx = like.new_empty(like.shape)
         dshift, dscale = (scale.new_empty(scale.shape) for _ in range(2))
@@ -245,19 +152,21 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None:
     x, _, scale, ctx.eps, y, gate, index = inputs
     residual, _, stats = output
     ctx.set_materialize_grads(False)
+    if stats is not None:
+        ctx.mark_non_differentiable(stats)
     wants = ctx.needs_input_grad
     ctx.y_dtype = y.dtype if wants[4] else None
     ctx.save_for_backward(
         None if scale is None else x if gate is None else residual,
         scale,
-        stats if scale is not None else None,
+        None if scale is None else stats,
         y if wants[5] else None,
         gate,
         index,
     )
 
 
-def _gradients(ctx: Any, dresidual: Tensor | None, dmodulated: Tensor | None, *_: None) -> _Tensors:
+def _gradients(ctx: Any, dresidual: Tensor | None, dmodulated: Tensor | None, _: None) -> _Tensors:
     """Of x, shift, scale, eps, y, gate and index, as many as are wanted."""
     residual, scale, stats, y, gate, index = ctx.saved_tensors
     wants = ctx.needs_input_grad
@@ -265,15 +174,13 @@ def _gradients(ctx: Any, dresidual: Tensor | None, dmodulated: Tensor | None, *_
         dresidual = None
     if dmodulated is None or scale is None:  # what is left is the sum, whose dx is dresidual
         dmodulated = residual = scale = stats = None
-        dx, dshift, dscale, dy, dgate = dresidual, None, None, None, None
+    dx, dshift, dscale, dy, dgate = dresidual, None, None, None, None
     if dmodulated is not None or (dresidual is not None and (wants[4] or wants[5])):
-        args = (dmodulated, residual, scale, stats, dresidual, y, gate, index, ctx.y_dtype, ctx.eps)
-        if torch.is_grad_enabled() or _watched(*args[:8]):
-            through, dshift, dscale, dy, dgate = _backward_op(*args)
-        else:
-            through, dshift, dscale, dy, dgate = _backward(*args)
+        through, *of_vectors, dy, dgate = _backward(
+            *(dmodulated, residual, scale, stats, dresidual, y, gate, index, ctx.y_dtype, ctx.eps)
+        )
         if dmodulated is not None:
-            dx = through
+            dx, (dshift, dscale) = through, of_vectors
     return (
         dx if wants[0] else None,
         dshift if wants[1] else None,
@@ -285,39 +192,33 @@ def _gradients(ctx: Any, dresidual: Tensor | None, dmodulated: Tensor | None, *_
     )
 
 
-def _name_the_function(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _name_the_function(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None:
     halves = ("gate_residual", inputs[6]), ("layer_norm_modulate", inputs[2])
-    ctx.name = "_".join(name for name, vectors in halves if vectors is not None)
+    ctx.function = "_".join(name for name, vectors in halves if vectors is not None)
 
 
-def _refuse_second_derivative(ctx: Any, *_: Any) -> NoReturn:
-    raise RuntimeError(
-        f"{ctx.name} has no second derivative: do not differentiate through its backward "
-        "(create_graph=True)"
-    )
+def _refuse(ctx: Any, *_: Any) -> None:
+    refuse_second_derivative(ctx.function)(ctx)
 
 
-def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(output[2])
-    _save(ctx, inputs, output)
-
-
-_forward_op.register_autograd(_gradients, setup_context=_save_for_op)
-_backward_op.register_autograd(_refuse_second_derivative, setup_context=_name_the_function)
-
-
-class _Direct(torch.autograd.Function):
-    """The same gradients without torch.library in between."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> _Tensors:
-        output = _forward(*args)
-        _save(ctx, args, output)
-        return output[:2]
-
-    @staticmethod
-    def backward(ctx: Any, dresidual: Tensor | None, dmodulated: Tensor | None) -> _Tensors:
-        return _gradients(ctx, dresidual, dmodulated)
+# One operator for the three functions: a half that is missing has no results.
+_forward = define(
+    "fused_modulation(Tensor x, Tensor? shift, Tensor? scale, float eps, Tensor? y, Tensor? gate, "
+    "Tensor? index) -> (Tensor, Tensor, Tensor)",
+    _forward_kernel,
+    _fake_forward,
+    save=_save,
+    gradients=_gradients,
+)
+_backward = define(
+    "fused_modulation_bwd(Tensor? dmodulated, Tensor? residual, Tensor? scale, Tensor? stats, "
+    "Tensor? dresidual, Tensor? y, Tensor? gate, Tensor? index, ScalarType? y_dtype, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_kernel,
+    _fake_backward,
+    save=_name_the_function,
+    gradients=_refuse,
+)
 
 
 def _check_rows(x: Tensor, *others: Tensor) -> None:

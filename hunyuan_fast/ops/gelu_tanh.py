@@ -1,19 +1,15 @@
 """GELU in its tanh form, by itself or written behind another tensor.
 
 Formula and contract: ``hunyuan_fast.kernels.gelu_tanh``.
-
-The ops without side effects are registered one level below ``torch.library.custom_op``, whose
-conveniences cost as much time as the smallest calls have to spend. What that leaves to this file is
-autograd, in plain ``torch.autograd.Function``.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from hunyuan_fast.dispatch import select
+from hunyuan_fast.ops.operator import define, refuse_second_derivative
 
 _ROOM = "gelu_tanh"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,8 +28,6 @@ def gelu_tanh(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """
     _check_tensor("x", x)
     if out is None:
-        if x.requires_grad and torch.is_grad_enabled():
-            return _GeluTanh.apply(x)
         return _forward(x)
     _check_out(out, x)
     _forward_out(x, out)
@@ -50,8 +44,6 @@ def concat_gelu_tanh(left: Tensor, x: Tensor) -> Tensor:
     """
     _check_tensor("x", x)
     _check_left(left, x)
-    if (x.requires_grad or left.requires_grad) and torch.is_grad_enabled():
-        return _ConcatGeluTanh.apply(left, x)
     return _concat(left, x)
 
 
@@ -59,104 +51,81 @@ def _forward_kernel(x: Tensor) -> Tensor:
     return select(_ROOM, x).forward(x)
 
 
-def _concat_kernel(left: Tensor, x: Tensor) -> Tensor:
-    return select(_ROOM, x, left).forward(x, left)
-
-
-def _backward_kernel(dy: Tensor, x: Tensor) -> Tensor:
-    return select(_ROOM, x).backward(dy, x)
-
-
 def _fake_forward(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> Tensor:
+    return _backward(dy, *ctx.saved_tensors)
+
+
+def _out_kernel(x: Tensor, out: Tensor) -> None:
+    _check_memory(x, out)
+    select(_ROOM, x, None, out).forward(x, None, out)
+
+
+def _fake_out(x: Tensor, out: Tensor) -> None:
+    return None
+
+
+def _concat_kernel(left: Tensor, x: Tensor) -> Tensor:
+    return select(_ROOM, x, left).forward(x, left)
 
 
 def _fake_concat(left: Tensor, x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], left.shape[-1] + x.shape[-1]))
 
 
+def _save_concat(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    left, x = inputs
+    ctx.left_width = left.shape[-1]
+    if ctx.needs_input_grad[1]:
+        ctx.save_for_backward(x)
+
+
+def _concat_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    dleft = dx = None
+    if ctx.needs_input_grad[0]:
+        dleft = dy.narrow(-1, 0, ctx.left_width)
+    if ctx.needs_input_grad[1]:
+        (x,) = ctx.saved_tensors
+        dx = _backward(dy.narrow(-1, ctx.left_width, x.shape[-1]), x)
+    return dleft, dx
+
+
+def _backward_kernel(dy: Tensor, x: Tensor) -> Tensor:
+    return select(_ROOM, x).backward(dy, x)
+
+
 def _fake_backward(dy: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _register(schema: str, kernel: Any, fake: Any) -> Any:
-    """An op of new results, without autograd: its callable overload."""
-    name = schema.partition("(")[0]
-    qualified = f"hunyuan_fast::{name}"
-    tags = (torch.Tag.pt2_compliant_tag,)
-    torch.library.define(qualified, schema.removeprefix(name), tags=tags)
-    torch.library.impl(qualified, "default", kernel)
-    torch.library.register_fake(qualified, fake)
-    return getattr(torch.ops.hunyuan_fast, name).default
-
-
-_forward = _register("gelu_tanh(Tensor x) -> Tensor", _forward_kernel, _fake_forward)
-_concat = _register(
-    "concat_gelu_tanh(Tensor left, Tensor x) -> Tensor", _concat_kernel, _fake_concat
+_forward = define(
+    "gelu_tanh(Tensor x) -> Tensor",
+    _forward_kernel,
+    _fake_forward,
+    save=_save,
+    gradients=_gradients,
 )
-_backward = _register(
-    "gelu_tanh_bwd(Tensor dy, Tensor x) -> Tensor", _backward_kernel, _fake_backward
+_forward_out = define("gelu_tanh_out(Tensor x, Tensor(a!) out) -> ()", _out_kernel, _fake_out)
+_concat = define(
+    "concat_gelu_tanh(Tensor left, Tensor x) -> Tensor",
+    _concat_kernel,
+    _fake_concat,
+    save=_save_concat,
+    gradients=_concat_gradients,
 )
-
-
-@custom_op("hunyuan_fast::gelu_tanh_out", mutates_args=("out",))
-def _forward_out(x: Tensor, out: Tensor) -> None:
-    _check_memory(x, out)
-    select(_ROOM, x, None, out).forward(x, None, out)
-
-
-@_forward_out.register_fake
-def _(x: Tensor, out: Tensor) -> None:
-    return None
-
-
-class _GeluTanh(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return _gradient(dy, *ctx.saved_tensors)
-
-
-class _ConcatGeluTanh(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, left: Tensor, x: Tensor) -> Tensor:
-        ctx.left_width = left.shape[-1]
-        if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(x)
-        return _concat(left, x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        dleft = dx = None
-        if ctx.needs_input_grad[0]:
-            dleft = dy.narrow(-1, 0, ctx.left_width)
-        if ctx.needs_input_grad[1]:
-            (x,) = ctx.saved_tensors
-            dx = _gradient(dy.narrow(-1, ctx.left_width, x.shape[-1]), x)
-        return dleft, dx
-
-
-class _Gradient(torch.autograd.Function):
-    """The gradient of x where somebody may differentiate it once more."""
-
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, x: Tensor) -> Tensor:
-        return _backward(dy, x)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> NoReturn:
-        raise RuntimeError(
-            "gelu_tanh has no second derivative: do not differentiate through its backward "
-            "(create_graph=True)"
-        )
-
-
-def _gradient(dy: Tensor, x: Tensor) -> Tensor:
-    return _Gradient.apply(dy, x) if torch.is_grad_enabled() else _backward(dy, x)
+_backward = define(
+    "gelu_tanh_bwd(Tensor dy, Tensor x) -> Tensor",
+    _backward_kernel,
+    _fake_backward,
+    gradients=refuse_second_derivative("gelu_tanh"),
+)
 
 
 def _check_tensor(name: str, x: Tensor) -> None:

@@ -4,13 +4,13 @@ Formula and contract: ``hunyuan_fast.kernels.qk_norm_rope``.
 """
 
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from hunyuan_fast.dispatch import select
+from hunyuan_fast.ops.operator import define, refuse_second_derivative
 
 _ROOM = "qk_norm_rope"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,72 +69,29 @@ def qk_norm_rope(
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite, got {eps}")
-    return _forward(
-        qkv,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        num_heads,
-        text_qkv,
-        text_q_weight,
-        text_k_weight,
-        float(eps),
-    )
-
-
-@custom_op("hunyuan_fast::qk_norm_rope", mutates_args=())
-def _forward(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    text_qkv: Tensor | None,
-    text_q_weight: Tensor | None,
-    text_k_weight: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
     text = text_qkv, text_q_weight, text_k_weight
-    args = qkv, q_weight, k_weight, cos, sin, num_heads, *text, eps
+    return _forward(qkv, q_weight, k_weight, cos, sin, num_heads, *text, float(eps))
+
+
+# What forward takes, and backward behind the gradients of q, k and v.
+_ARGUMENTS = (
+    "Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, SymInt num_heads, "
+    "Tensor? text_qkv, Tensor? text_q_weight, Tensor? text_k_weight, float eps"
+)
+
+
+def _forward_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return select(_ROOM, *args).forward(*args)
 
 
-@custom_op("hunyuan_fast::qk_norm_rope_bwd", mutates_args=())
-def _backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    text_qkv: Tensor | None,
-    text_q_weight: Tensor | None,
-    text_k_weight: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    text = text_qkv, text_q_weight, text_k_weight
-    args = qkv, q_weight, k_weight, cos, sin, num_heads, *text, eps
-    dqkv, dtext_qkv, dweights = select(_ROOM, *args).backward(dq, dk, dv, *args)
-    # An op returns tensors: nothing is an empty one.
-    return dqkv, qkv.new_empty(0) if dtext_qkv is None else dtext_qkv, dweights
+def _backward_kernel(
+    dq: Tensor, dk: Tensor, dv: Tensor, *args: Any
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    return select(_ROOM, *args).backward(dq, dk, dv, *args)
 
 
-@_forward.register_fake
-def _(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    text_qkv: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    qkv, q_weight, _, _, _, num_heads, text_qkv, *_ = args
     batch, length, _width = qkv.shape
     if text_qkv is not None:
         length = length + text_qkv.shape[1]
@@ -142,24 +99,15 @@ def _(
     return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
 
 
-@_backward.register_fake
-def _(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    text_qkv: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, *args: Any
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    qkv, q_weight, _, _, _, _, text_qkv, *_ = args
     dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    weights, text = (2, (0,)) if text_qkv is None else (4, text_qkv.shape)
+    weights = 2 if text_qkv is None else 4
+    dtext_qkv = None if text_qkv is None else qkv.new_empty(text_qkv.shape)
     dweights = qkv.new_empty((weights, q_weight.shape[0]), dtype=dtype)
-    return qkv.new_empty(qkv.shape), qkv.new_empty(text), dweights
+    return qkv.new_empty(qkv.shape), dtext_qkv, dweights
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -183,15 +131,19 @@ def _gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | N
     return dqkv, dq_weight, dk_weight, None, None, None, *text, None
 
 
-def _refuse_second_derivative(ctx: Any, *_: Any) -> NoReturn:
-    raise RuntimeError(
-        "qk_norm_rope has no second derivative: do not differentiate through its backward "
-        "(create_graph=True)"
-    )
-
-
-_forward.register_autograd(_gradients, setup_context=_save)
-_backward.register_autograd(_refuse_second_derivative)
+_forward = define(
+    f"qk_norm_rope({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _forward_kernel,
+    _fake_forward,
+    save=_save,
+    gradients=_gradients,
+)
+_backward = define(
+    f"qk_norm_rope_bwd(Tensor dq, Tensor dk, Tensor dv, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _backward_kernel,
+    _fake_backward,
+    gradients=refuse_second_derivative("qk_norm_rope"),
+)
 
 
 def _check_tensor(name: str, t: Tensor | None) -> None:

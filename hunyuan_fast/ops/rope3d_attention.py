@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from hunyuan_fast.dispatch import select
 from hunyuan_fast.kernels.rope3d_attention import reference
+from hunyuan_fast.ops.operator import define, refuse_second_derivative
 
 _ROOM = "rope3d_attention"
 
@@ -47,10 +47,10 @@ def attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if out is None:
-        out, lse = _attention(q, k, v, kv_len, scale)
+        out, lse = _forward(q, k, v, kv_len, scale)
     else:
         _check_out(out, q, k, v)
-        lse = _attention_out(q, k, v, kv_len, scale, out)
+        lse = _forward_out(q, k, v, kv_len, scale, out)
     return (out, lse) if return_lse else out
 
 
@@ -92,59 +92,15 @@ def rope3d_attention(
     return attention(q, k, v, kv_len=kv_len, scale=scale, out=out, return_lse=return_lse)
 
 
-@custom_op("hunyuan_fast::attention", mutates_args=())
-def _attention(
+def _forward_kernel(
     q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     _check_lengths(kv_len, q.shape[1])
     return select(_ROOM, q, k, v, kv_len, scale).forward(q, k, v, kv_len, scale)
 
 
-@custom_op("hunyuan_fast::attention_out", mutates_args=("out",))
-def _attention_out(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor
-) -> Tensor:
-    _check_lengths(kv_len, q.shape[1])
-    _, lse = select(_ROOM, q, k, v, kv_len, scale, out).forward(q, k, v, kv_len, scale, out)
-    return lse
-
-
-@custom_op("hunyuan_fast::attention_bwd", mutates_args=())
-def _attention_bwd(
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_len: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = select(_ROOM, q, k, v, kv_len, scale)
-    return implementation.backward(dout, out, lse, q, k, v, kv_len, scale)
-
-
-@_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), _new_lse(q)
-
-
-@_attention_out.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor) -> Tensor:
-    return _new_lse(q)
-
-
-@_attention_bwd.register_fake
-def _(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _new_lse(q: Tensor) -> Tensor:
-    batch, length, num_heads, _ = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((batch, num_heads, length), dtype=dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -158,10 +114,56 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradients(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return None, None, None, None, None
-    return *_attention_bwd(dout, *ctx.saved_tensors, ctx.scale), None, None
+    return *_backward(dout, *ctx.saved_tensors, ctx.scale), None, None
 
 
-_attention.register_autograd(_gradients, setup_context=_save)
+def _out_kernel(
+    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor
+) -> Tensor:
+    _check_lengths(kv_len, q.shape[1])
+    _, lse = select(_ROOM, q, k, v, kv_len, scale, out).forward(q, k, v, kv_len, scale, out)
+    return lse
+
+
+def _fake_out(q: Tensor, *_: Any) -> Tensor:
+    return _new_lse(q)
+
+
+def _new_lse(q: Tensor) -> Tensor:
+    batch, length, num_heads, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((batch, num_heads, length), dtype=dtype)
+
+
+def _backward_kernel(
+    dout: Tensor, out: Tensor, lse: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return select(_ROOM, *args).backward(dout, out, lse, *args)
+
+
+def _fake_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? kv_len, float scale"
+_forward = define(
+    f"attention({_ARGUMENTS}) -> (Tensor, Tensor)",
+    _forward_kernel,
+    _fake_forward,
+    save=_save,
+    gradients=_gradients,
+)
+_forward_out = define(
+    f"attention_out({_ARGUMENTS}, Tensor(a!) out) -> Tensor", _out_kernel, _fake_out
+)
+_backward = define(
+    f"attention_bwd(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _backward_kernel,
+    _fake_backward,
+    gradients=refuse_second_derivative("attention"),
+)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

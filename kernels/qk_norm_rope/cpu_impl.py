@@ -10,18 +10,7 @@ VERIFIED_ON = frozenset({"cpu"})
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def supports(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    text_qkv: Tensor | None,
-    text_q_weight: Tensor | None,
-    text_k_weight: Tensor | None,
-    eps: float,
-) -> str | None:
+def supports(qkv: Tensor, q_weight: Tensor, *_: object) -> str | None:
     """None, or why the C++ kernels cannot answer this call."""
     if qkv.device.type != "cpu":
         return f"qkv must be on the CPU, it is on {qkv.device}"

@@ -30,18 +30,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _REDUCE_PARTS, _REDUCE_COLUMNS = 256, 16
 
 
-def supports(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    text_qkv: Tensor | None,
-    text_q_weight: Tensor | None,
-    text_k_weight: Tensor | None,
-    eps: float,
-) -> str | None:
+def supports(qkv: Tensor, q_weight: Tensor, *_: object) -> str | None:
     """None, or why the Triton kernels cannot answer this call."""
     if qkv.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"qkv must be on a CUDA device, it is on {qkv.device}"

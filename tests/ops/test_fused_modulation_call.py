@@ -1,5 +1,7 @@
 """Around the kernels: refusals, registration, compilation, autocast, the short way."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -10,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hunyuan_fast import ops
 from hunyuan_fast.dispatch import explain, implementations, select, use
 from hunyuan_fast.kernels.fused_modulation import reference
-from hunyuan_fast.ops.fused_modulation import _watched
 from tests.kit.numerics import assert_equal
 from tests.ops.fused_modulation_cases import (
     BOTH,
@@ -142,19 +143,29 @@ def test_whoever_watches_sees_the_operators(function, generator):
     assert str(FORWARD) in seen.names and str(BACKWARD) in seen.names
 
 
-def test_who_counts_as_watching():
-    x = torch.zeros(1, 1, 1)
-    assert not _watched(x, None, torch.nn.Parameter(x))
-    assert _watched(torch.Tensor._make_subclass(type("Own", (torch.Tensor,), {}), x))
-    with FakeTensorMode() as mode:
-        assert _watched(x)
-    assert _watched(mode.from_tensor(x))
-    with torch.device("cpu"):
-        assert _watched(x)
-    inside = []
-    torch.func.vmap(lambda t: (inside.append(_watched(t)), t)[1])(x)
-    torch.jit.trace(lambda t: (inside.append(_watched(t)), t + 1)[1], x, check_trace=False)
-    assert inside[:2] == [True, True]
+@pytest.mark.parametrize("way", ["short", "library", "compiled"])
+def test_gradients_of_the_residual_alone(way, generator):
+    """Where nobody uses the modulated half, its vectors have no gradients."""
+    call = draw_call(BOTH, (2, 5, 16), generator, torch.bfloat16)
+    leaves = [t.requires_grad_() for t in call.tensors.values()]
+    function = ops.gate_residual_layer_norm_modulate
+    if way == "compiled":
+        function = torch.compile(
+            lambda *t: ops.gate_residual_layer_norm_modulate(*t)[:1],
+            fullgraph=True,
+            backend="aot_eager",
+        )
+    with Seen() if way == "library" else nullcontext():
+        residual, *_ = function(*leaves)
+        options = {"allow_unused": True, "materialize_grads": True}
+        gradients = torch.autograd.grad(residual, leaves, call.gradients["residual"], **options)
+    alone = torch.autograd.grad(
+        ops.gate_residual(*leaves[:3]), leaves[:3], call.gradients["residual"]
+    )
+    vectors = call.tensors["shift"], call.tensors["scale"]
+    wanted = (*alone, *(torch.zeros_like(t) for t in vectors))
+    for name, got, expected in zip(call.tensors, gradients, wanted, strict=True):
+        assert_equal(got, expected, name=name)
 
 
 def test_fake_tensors_have_the_shapes_of_real_ones():

@@ -1,0 +1,83 @@
+"""One call of every kind of every op, its gradients, and when two answers are the same."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from hunyuan_fast import ops
+from tests.kit.numerics import assert_equal
+
+Results = tuple[Tensor, ...]
+BATCH, LENGTH, WIDTH, HEADS, HEAD_DIM = 2, 5, 16, 2, 8
+INDEX = torch.tensor([[0, 1, 1, 0, 2], [2, 2, 0, 1, 1]])
+ROWS, VECTOR, VECTORS = (BATCH, LENGTH, WIDTH), (BATCH, WIDTH), (BATCH, 3, WIDTH)
+PACKED, WEIGHT = (BATCH, LENGTH, 3 * HEADS * HEAD_DIM), (HEAD_DIM,)
+HEADED = (BATCH, LENGTH, HEADS, HEAD_DIM)
+ANGLES = torch.arange(LENGTH * HEAD_DIM / 2).view(LENGTH, -1).repeat_interleave(2, -1)
+
+
+def _heads(qkv, q_weight, k_weight, *text):
+    named = dict(zip(("text_qkv", "text_q_weight", "text_k_weight"), text, strict=False))
+    tables = ANGLES.cos().to(qkv.device), ANGLES.sin().to(qkv.device)
+    return ops.qk_norm_rope(qkv, q_weight, k_weight, *tables, num_heads=HEADS, **named)
+
+
+def _prefixes(q, k, v):
+    kv_len = torch.tensor([3, 5]).to(q.device)
+    return ops.attention(q, k, v, kv_len=kv_len, return_lse=True)
+
+
+def _indexed(x, y, gate, shift, scale):
+    index = INDEX.to(x.device)
+    return ops.gate_residual_layer_norm_modulate(x, y, gate, shift, scale, index=index)
+
+
+# the operator is the first word of a name; what refuses its second derivative is the last column
+CASES: dict[str, tuple[Callable[..., Tensor | Results], tuple[tuple[int, ...], ...], str]] = {
+    "fused_modulation gate": (ops.gate_residual, (ROWS, ROWS, VECTOR), "gate_residual"),
+    "fused_modulation norm": (
+        *(ops.layer_norm_modulate, (ROWS, VECTOR, VECTOR)),
+        "layer_norm_modulate",
+    ),
+    "fused_modulation indexed": (
+        *(_indexed, (ROWS, ROWS, VECTORS, VECTORS, VECTORS)),
+        "gate_residual_layer_norm_modulate",
+    ),
+    "gelu_tanh": (ops.gelu_tanh, (ROWS,), "gelu_tanh"),
+    "concat_gelu_tanh": (ops.concat_gelu_tanh, (VECTORS, ROWS[:1] + (3,) + ROWS[2:]), "gelu_tanh"),
+    "qk_norm_rope one stream": (_heads, (PACKED, WEIGHT, WEIGHT), "qk_norm_rope"),
+    "qk_norm_rope two streams": (_heads, (PACKED, WEIGHT, WEIGHT) * 2, "qk_norm_rope"),
+    "attention": (ops.attention, (HEADED,) * 3, "attention"),
+    "attention prefixes": (_prefixes, (HEADED,) * 3, "attention"),
+}
+each_case = pytest.mark.parametrize("case", CASES)
+
+
+def draw(case: str, generator: torch.Generator) -> tuple[Callable[..., Results], list[Tensor]]:
+    """The function of a case, returning a tuple, and its tensors, all of which need gradients."""
+    function, shapes, _ = CASES[case]
+
+    def call(*tensors: Tensor) -> Results:
+        results = function(*tensors)
+        return results if isinstance(results, tuple) else (results,)
+
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    return call, [t.requires_grad_() for t in tensors]
+
+
+def differentiate(results: Results, leaves: list[Tensor], **options: bool) -> Results:
+    """Gradients of a sum that is not the same for all elements."""
+    total = sum(t.sin().sum() for t in results if t.requires_grad)
+    return torch.autograd.grad(total, leaves, **options)
+
+
+def run(function: Callable[..., Results], leaves: list[Tensor]) -> Results:
+    results = function(*leaves)
+    return *(t.detach() for t in results), *differentiate(results, leaves)
+
+
+def assert_same(actual: Results, expected: Results) -> None:
+    for got, wanted in zip(actual, expected, strict=True):
+        assert_equal(got, wanted)
