@@ -63,7 +63,10 @@ def cases(device: torch.device, *, quick: bool) -> list[Case]:
         dtype = bf16 if device.type == "cuda" else fp32
         settings = [(small, _QUICK_WIDTH, _QUICK_HEADS, dtype)]
     elif device.type == "cuda":
-        clips = (shapes.CLIP_256P_65, shapes.CLIP_720P_129)
+        clips = [shapes.CLIP_256P_65, shapes.CLIP_720P_129]
+        if _by_name(device):
+            # Until all kernels are verified the reference answers, which is no match for this.
+            clips.remove(shapes.CLIP_720P_129)
         settings = [(clip, shapes.HIDDEN_SIZE, shapes.NUM_HEADS, bf16) for clip in clips]
     else:
         clip = shapes.CLIP_128P_13
@@ -203,7 +206,7 @@ class _Pair:
 
 
 def _case(pair: _Pair, *, quick: bool) -> Case:
-    kernels = _every_kernel(pair.device)
+    by_name = _by_name(pair.device)
     return Case(
         name=pair.clip.name,
         function=pair.kind,
@@ -214,16 +217,16 @@ def _case(pair: _Pair, *, quick: bool) -> Case:
         work=work(pair),
         ours=(
             Entrant("hunyuan_fast", pair.ours),
-            *([Entrant("hunyuan_fast, every kernel", pair.ours, kernels)] if kernels else []),
+            *([Entrant("hunyuan_fast by name", pair.ours, by_name)] if by_name else []),
             Entrant(
-                "hunyuan_fast, torch.compile",
+                "hunyuan_fast compiled",
                 partial(_compiled, pair.ours, quick),
-                kernels or nullcontext,
+                by_name or nullcontext,
             ),
         ),
         peers=(
             Peer("diffusers", pair.theirs),
-            Peer("diffusers, torch.compile", partial(_compiled, pair.theirs, quick)),
+            Peer("diffusers compiled", partial(_compiled, pair.theirs, quick)),
         ),
         meaningful=pair.meaningful,
     )
@@ -233,8 +236,8 @@ def work(pair: _Pair) -> dict[str, Work]:
     """The least work of a block with weights W, width E, networks of M features and n valid tokens.
 
     Linear layers: to queries, keys and values 3 E^2, from attention E^2, in the network 2 E M, for
-    every token; both kinds of block have these. To six vectors of modulation for each of two
-    streams, or to three, 6 E^2 each, once. Attention: two products of n^2 E. Twice that in FLOPs,
+    every token; both kinds of block have these. To the vectors of modulation, six for each of two
+    streams, or three in all, E^2 each, once. Attention: two products of n^2 E. Twice that in FLOPs,
     a multiplication and an addition.
     Backward: two products for each linear one, five for the two of attention.
     Bytes: forward W, the streams in and out; backward W, its gradient, the streams, their gradients
@@ -258,8 +261,8 @@ def _compiled(build: Callable[..., Weighted], quick: bool) -> Weighted:
     return build(compile_it=True)
 
 
-def _every_kernel(device: torch.device) -> Callable[[], AbstractContextManager[Any]] | None:
-    """Names the best kernel of every op, verified or not; None where they answer by themselves."""
+def _by_name(device: torch.device) -> Callable[[], AbstractContextManager[Any]] | None:
+    """What asks for the best kernel of every op; None where they all answer by themselves."""
     if device.type != "cuda":
         return None
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))

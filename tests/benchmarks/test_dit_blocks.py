@@ -123,18 +123,24 @@ def test_kept_memory_leaves_the_weights_out(pair):
     assert 15 < ours < theirs < 40
 
 
-def test_every_kernel_is_asked_for_by_name_until_all_are_verified(monkeypatch):
-    assert blocks._every_kernel(CPU) is None
+def test_kernels_are_asked_for_by_name_until_all_are_verified(monkeypatch):
+    assert blocks._by_name(CPU) is None
     kernel = SimpleNamespace(VERIFIED_ON=frozenset(), supports=lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "implementations", lambda op: {"reference": kernel})
-    context = blocks._every_kernel(torch.device("cuda"))
+
+    def clips():
+        return {case.name for case in blocks.cases(torch.device("cuda"), quick=False)}
+
+    context = blocks._by_name(torch.device("cuda"))
     x = torch.ones(2)
     with context():
         assert dispatch.select("gelu_tanh", x) is kernel
     assert dispatch.select("gelu_tanh", x) is not kernel
+    assert clips() == {shapes.CLIP_256P_65.name}
     kernel.VERIFIED_ON = frozenset({"sm_90"})
-    assert blocks._every_kernel(torch.device("cuda")) is None
+    assert blocks._by_name(torch.device("cuda")) is None
+    assert clips() == {shapes.CLIP_256P_65.name, shapes.CLIP_720P_129.name}
 
 
 def test_compiled_blocks_take_the_place_of_the_plain_ones(pair, monkeypatch):
@@ -142,7 +148,7 @@ def test_compiled_blocks_take_the_place_of_the_plain_ones(pair, monkeypatch):
     compiled_now = []
     entrants = blocks._case(pair, quick=False)
     for entrant in (entrants.ours[-1], entrants.peers[-1]):
-        assert isinstance(entrant.build(), Weighted) and "torch.compile" in entrant.name
+        assert isinstance(entrant.build(), Weighted) and entrant.name.endswith(" compiled")
     assert len(compiled_now) == 2
 
 
