@@ -1,7 +1,7 @@
-"""Measure the ops on this machine.
+"""Measure the ops, and the blocks made of them, on this machine.
 
-python -m benchmarks                    every op
-python -m benchmarks fused_modulation   some; the tests of an op run first and must pass
+python -m benchmarks                    everything
+python -m benchmarks fused_modulation   some; the tests of each run first and must pass
 python -m benchmarks --quick            small shapes, a few rounds: whether it works, not how fast
 python -m benchmarks --summary          render docs/performance.md from the committed results
 """

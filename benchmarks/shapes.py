@@ -34,6 +34,7 @@ def tokens(name: str, frames: int, height: int, width: int, text: int = 256) -> 
 CLIP_720P_129 = tokens("720p-129f", 129, 720, 1280)
 CLIP_256P_65 = tokens("256p-65f", 65, 256, 256)
 CLIP_256P_33 = tokens("256p-33f", 33, 256, 256)
+CLIP_128P_13 = tokens("128p-13f", 13, 128, 128, text=64)
 IMAGE_256P = tokens("256p-image", 1, 256, 256)
 
 # The embedded miniature: 96 x 96, 17 frames, short captions, heads of 64 features.

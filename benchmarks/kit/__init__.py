@@ -1,7 +1,7 @@
 """What every benchmark shares.
 
 ``case``       what a benchmark file describes
-``discover``   which ops have one
+``discover``   which ops, and which wholes made of them, have one
 ``contenders`` who is timed: our implementations and their peers
 ``clock``      seconds of one call, on the CPU and on a CUDA device
 ``pairing``    interleaved rounds, so that a busy neighbour slows every contender alike

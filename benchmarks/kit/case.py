@@ -1,6 +1,6 @@
-"""What a benchmark file describes: cases, the work in them, and the peers."""
+"""What a benchmark file describes: cases, the work in them, and who takes part."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -27,8 +27,8 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Peer:
-    """Somebody else's way to the same result.
+class Entrant:
+    """A way to the result of a case.
 
     build: returns a callable with the arguments of ``Case.call``; may raise ``Unavailable``
     context: entered around every timed stretch, outside of the clock
@@ -37,6 +37,27 @@ class Peer:
     name: str
     build: Callable[[], Call]
     context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+class Peer(Entrant):
+    """Somebody else's way."""
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A call with weights of its own, which are differentiated together with the inputs.
+
+    weights: what is trained, in an order of the entrant's own
+    arrange: makes of their gradients those that all entrants have, the same tensors in one order;
+        it serves the comparison and is not timed
+    """
+
+    call: Call
+    weights: tuple[Tensor, ...]
+    arrange: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+    def __call__(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.call(*tensors)
 
 
 def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -59,6 +80,8 @@ class Case:
         are differentiated in the pass forward+backward
     call: the public function, taking those tensors
     arguments: the same call as ``dispatch.explain`` of ``op`` takes it
+    ours: where no op is measured, and there are no ``arguments``: our ways to the result, of which
+        the first, which is always available, is what one gets without asking
     work: the least work of each pass
     meaningful: maps an output, or its gradient, to the part that everyone must agree on
     cold: inputs come from memory, not from a cache, as between two layers of a large model
@@ -71,9 +94,10 @@ class Case:
     shape: dict[str, int]
     inputs: Callable[[torch.Generator], tuple[Tensor, ...]]
     call: Call
-    arguments: Callable[..., tuple[object, ...]]
     work: dict[str, Work]
     peers: tuple[Peer, ...]
+    arguments: Callable[..., tuple[object, ...]] | None = None
+    ours: tuple[Entrant, ...] = ()
     meaningful: Callable[[Tensor], Tensor] = field(default=whole)
     cold: bool = True
     alternating: bool = False

@@ -1,14 +1,14 @@
-"""Who is timed in a case: every implementation of ours that can answer, and the peers."""
+"""Who is timed in a case: all of ours that can answer, and the peers."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
 
-from benchmarks.kit.case import Call, Case, Unavailable
+from benchmarks.kit.case import Call, Case, Entrant, Unavailable
 from hunyuan_fast import dispatch
 
 OURS, PEER = "ours", "peer"
@@ -17,13 +17,18 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to the result. answers: it is ours, and what a call gets without asking."""
+    """A way to the result.
+
+    answers: it is ours, and what a call gets without asking
+    may_fail: it may turn out only when called that it cannot take part
+    """
 
     name: str
     kind: str
     call: Call
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     answers: bool = False
+    may_fail: bool = False
 
 
 def contenders(
@@ -33,19 +38,28 @@ def contenders(
 
     An implementation that is not yet verified on this device is asked for by name.
     """
-    found, declined = _ours(op, case, inputs)
-    for peer in case.peers:
+    if case.arguments is None:
+        found, declined = _built(OURS, case.ours)
+        found[0] = replace(found[0], answers=True, may_fail=False)
+    else:
+        found, declined = _implementations(op, case.call, case.arguments(*inputs))
+    peers, without = _built(PEER, case.peers)
+    return [*found, *peers], {**declined, **without}
+
+
+def _built(kind: str, entrants: Iterable[Entrant]) -> tuple[list[Contender], dict[str, str]]:
+    found, declined = [], {}
+    for each in entrants:
         try:
-            found.append(Contender(peer.name, PEER, peer.build(), peer.context))
+            found.append(Contender(each.name, kind, each.build(), each.context, may_fail=True))
         except Unavailable as reason:
-            declined[peer.name] = str(reason)
+            declined[each.name] = str(reason)
     return found, declined
 
 
-def _ours(
-    op: str, case: Case, inputs: tuple[Tensor, ...]
+def _implementations(
+    op: str, call: Call, arguments: tuple[object, ...]
 ) -> tuple[list[Contender], dict[str, str]]:
-    arguments = case.arguments(*inputs)
     reasons = dispatch.explain(op, *arguments)
     answering = next(name for name, reason in reasons.items() if reason is None)
     loaded = dispatch.implementations(op)
@@ -57,7 +71,7 @@ def _ours(
             reason = "Triton's interpreter (TRITON_INTERPRET=1) is for tests, not for timing"
         if reason is None:
             context = partial(dispatch.use, name, op)
-            found.append(Contender(name, OURS, case.call, context, name == answering))
+            found.append(Contender(name, OURS, call, context, name == answering))
         else:
             declined[name] = reason
     return found, declined

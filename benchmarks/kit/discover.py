@@ -1,4 +1,4 @@
-"""Which ops have a benchmark: the files ``bench_<op>.py``, and nothing else."""
+"""Which ops and wholes have a benchmark: the files ``bench_<name>.py``, and nothing else."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 # Runs that are no evidence: quick ones, and those that skipped the tests.
 SCRATCH = ROOT / "runs" / "benchmarks"
+# Wholes are made of several ops and have no room; these of their tests must pass first.
+WHOLES = {
+    "dit_blocks": (
+        "tests/models/test_dit.py",
+        "tests/models/test_dit_checkpoint.py",
+        "tests/models/test_dit_memory.py",
+    ),
+}
 
 
 class Benchmark(Protocol):
-    """What ``bench_<op>.py`` defines."""
+    """What ``bench_<name>.py`` defines."""
 
     def cases(self, device: torch.device, *, quick: bool) -> list[Case]:
         """What to measure on a device; a small selection when ``quick``."""
@@ -28,10 +36,10 @@ class Benchmark(Protocol):
 
 
 def ops(folder: Path = BENCHMARKS) -> tuple[str, ...]:
-    """The names of all ops with a benchmark, in alphabetical order."""
+    """The names of all ops and wholes with a benchmark, in alphabetical order."""
     return tuple(sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py")))
 
 
 def load(op: str) -> Benchmark:
-    """The benchmark of an op."""
+    """The benchmark of an op or a whole."""
     return import_module(f"benchmarks.bench_{op}")  # type: ignore[return-value]

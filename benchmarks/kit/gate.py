@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.kit.discover import ROOT, ops
+from benchmarks.kit.discover import ROOT, WHOLES, ops
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,12 @@ class Verdict:
 
 
 def test_files(op: str, root: Path = ROOT) -> list[Path]:
-    """``tests/ops/test_<op>.py`` and ``test_<op>_*.py``, save what belongs to a longer name."""
+    """``tests/ops/test_<op>.py`` and ``test_<op>_*.py``, save what belongs to a longer name.
+
+    Those that :data:`WHOLES` names for what is no op.
+    """
+    if op in WHOLES:
+        return [root / name for name in WHOLES[op]]
     longer = [f"test_{other}" for other in ops() if other.startswith(f"{op}_")]
     files = (root / "tests" / "ops").glob(f"test_{op}*.py")
     return sorted(
@@ -31,8 +36,9 @@ def test_files(op: str, root: Path = ROOT) -> list[Path]:
 def run_tests(op: str, root: Path = ROOT) -> Verdict:
     """Run the tests of an op in a process of their own."""
     files = test_files(op, root)
-    if root / "tests" / "ops" / f"test_{op}.py" not in files:
-        return Verdict(False, f"tests/ops/test_{op}.py does not exist")
+    needed = WHOLES.get(op, (f"tests/ops/test_{op}.py",))
+    if missing := [name for name in needed if not (root / name).is_file()]:
+        return Verdict(False, f"{missing[0]} does not exist")
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, *map(str, files)], cwd=root, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]

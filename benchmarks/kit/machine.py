@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kit.discover import ROOT
+from benchmarks.kit.discover import ROOT, WHOLES
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -83,7 +83,9 @@ def describe_machine(device: torch.device) -> Machine:
 def describe_source(op: str, command: str) -> Source:
     """The commit at hand, and whether what ``op`` is made of differs from it."""
     commit = _git("rev-parse", "HEAD")
-    parts = (f"kernels/{op}", f"csrc/{op}", "csrc/common", f"hunyuan_fast/ops/{op}.py")
+    parts = [f"kernels/{op}", f"csrc/{op}", "csrc/common", f"hunyuan_fast/ops/{op}.py"]
+    if op in WHOLES:
+        parts = ["kernels", "csrc", "hunyuan_fast"]
     shared = ("hunyuan_fast/dispatch.py", "benchmarks", ":!benchmarks/results")
     changes = _git("status", "--porcelain", "--", *parts, *shared)
     return Source(

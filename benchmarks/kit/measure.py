@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.kit.case import FORWARD, Case
+from benchmarks.kit.case import FORWARD, Case, Weighted
 from benchmarks.kit.clock import MIB, Clock
 from benchmarks.kit.contenders import OURS, PEER, REFERENCE, Contender, contenders
 from benchmarks.kit.floor import COPY, MATMUL, floor_probes, floors
 from benchmarks.kit.pairing import Entry, Rounds, Samples, paired_samples
 from benchmarks.kit.record import Measurement, Timing
-from benchmarks.kit.running import Bound, Inputs, context_of
+from benchmarks.kit.running import Bound, Inputs, alike, context_of
 from benchmarks.kit.statistics import Spread, paired_ratio, spread
 
 # Contenders compute the same thing. This sees a different formula; how exact ours are is for the
@@ -41,17 +41,20 @@ class Trial:
 def measure(op: str, case: Case, what: str, setting: Setting) -> Measurement:
     """Time everyone who can take part in one pass of a case, beside the floor of the machine.
 
-    Raises RuntimeError when an implementation of ours does not compute what the reference does.
+    Raises RuntimeError when one of ours does not compute what the reference does, or what the first
+    of ours does where there is no reference.
     """
     inputs = Inputs(case, setting.device, setting.clock, setting.seed)
     found, declined = contenders(op, case, inputs.sets[0])
-    entries = {c.name: Entry(Bound(c.call, what, inputs), context_of(c, what)) for c in found}
+    runs = {c.name: Bound(c.call, what, inputs) for c in found}
+    entries = {c.name: Entry(runs[c.name], context_of(c, what)) for c in found}
     trials = _try_out(op, case, what, setting, found, entries, declined)
     answering = next(c.name for c in found if c.answers)
     _leave_out_slow(trials, answering, setting.rounds, declined)
 
     ready = [c for c in found if c.name in trials]
     peaks = {c.name: _peak_mib(entries[c.name], setting.clock) for c in ready}
+    kept = {c.name: _kept_mib(c, what, runs[c.name]) for c in ready}
     work = case.work[what]
     probes = floor_probes(case, work, setting.device, len(inputs.sets))
     everything = {c.name: entries[c.name] for c in ready}
@@ -72,7 +75,7 @@ def measure(op: str, case: Case, what: str, setting: Setting) -> Measurement:
         floor_ms=_times(spread(floor), 1e3),
         bound=bound,
         best_peer=best_peer(ready, samples),
-        timings=timings(ready, trials, peaks, samples, floor),
+        timings=timings(ready, trials, peaks, kept, samples, floor),
         declined=declined,
     )
 
@@ -81,6 +84,7 @@ def timings(
     ready: Sequence[Contender],
     trials: dict[str, Trial],
     peaks: dict[str, float | None],
+    kept: dict[str, float | None],
     samples: Samples,
     floor: Sequence[float],
 ) -> list[Timing]:
@@ -98,6 +102,7 @@ def timings(
             speedup=paired_ratio(seconds[best], seconds[c.name]) if best else None,
             of_floor=paired_ratio(floor, seconds[c.name]),
             peak_mib=peaks[c.name],
+            kept_mib=kept[c.name],
             difference=trials[c.name].difference,
         )
         for c in ready
@@ -137,10 +142,10 @@ def _try_out(
     # The reference goes first, because the others are compared with it.
     for c in sorted(found, key=lambda c: c.name != REFERENCE):
         try:
-            result, trial = _try_one(case, what, setting, entries[c.name], expected)
+            result, trial = _try_one(case, what, setting, c, entries[c.name], expected)
         except Exception as failure:
             # Peers and compilers may raise anything, and the others can still be measured.
-            if c.kind == OURS:
+            if not c.may_fail:
                 raise
             declined[c.name] = _first_line(failure)
             continue
@@ -165,12 +170,19 @@ def _leave_out_slow(
 
 
 def _try_one(
-    case: Case, what: str, setting: Setting, entry: Entry, expected: list[Tensor] | None
+    case: Case,
+    what: str,
+    setting: Setting,
+    contender: Contender,
+    entry: Entry,
+    expected: list[Tensor] | None,
 ) -> tuple[list[Tensor], Trial]:
     with entry.context():
         result = list(entry.run())  # type: ignore[call-overload]
         if what == FORWARD:
             result = [case.meaningful(each) for each in result]
+        else:
+            result = alike(contender.call, result)
         difference = relative_difference(result, result if expected is None else expected)
         seconds = setting.clock.sample(entry.run, 1)
     return result, Trial(difference, seconds)
@@ -180,6 +192,14 @@ def _peak_mib(entry: Entry, clock: Clock) -> float | None:
     with entry.context():
         num_bytes = clock.peak_bytes(entry.run)
     return None if num_bytes is None else num_bytes / MIB
+
+
+def _kept_mib(contender: Contender, what: str, run: Bound) -> float | None:
+    """Only for calls with weights: what an op keeps is for its room to say."""
+    if what == FORWARD or not isinstance(contender.call, Weighted):
+        return None
+    with context_of(contender, what)():
+        return run.kept_bytes() / MIB
 
 
 def _times(x: Spread, factor: float) -> Spread:

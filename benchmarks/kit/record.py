@@ -3,7 +3,7 @@
 import json
 import types
 import typing
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Timing:
     speedup: time of the best peer over this one's, within each round
     of_floor: time of the floor over this one's, within each round
     difference: from the reference's result, relative, root mean square
+    kept_mib: for calls with weights, what a call keeps for its backward pass, weights apart
     """
 
     name: str
@@ -39,6 +40,7 @@ class Timing:
     of_floor: Spread
     peak_mib: float | None
     difference: float
+    kept_mib: float | None = None  # files from before it was counted lack it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class Alternation:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """All that one run says about one op on one device.
+    """All that one run says about one op, or one whole made of ops, on one device.
 
     tests: passed or skipped.  neighbours: part of the machine, 0 to 1, that other processes took
     """
@@ -186,11 +188,12 @@ def _read_fields(kind: Any, value: Any, where: str) -> Any:
         raise RecordError(f"{where} must be an object, got {value!r}")
     hints = typing.get_type_hints(kind)
     names = {field.name for field in fields(kind)}
-    if missing := sorted(names - value.keys()):
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    if missing := sorted(needed - value.keys()):
         raise RecordError(f"{where} lacks {', '.join(missing)}")
     if foreign := sorted(value.keys() - names):
         raise RecordError(f"{where} has unknown {', '.join(foreign)}")
-    return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names})
+    return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in value})
 
 
 def _rounded(value: Any) -> Any:

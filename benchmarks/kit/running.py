@@ -2,13 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 
-from benchmarks.kit.case import FORWARD, Call, Case, outputs
+from benchmarks.kit.case import FORWARD, Call, Case, Weighted, outputs
 from benchmarks.kit.clock import Clock
 from benchmarks.kit.contenders import Contender
 
@@ -46,6 +46,7 @@ class Bound:
 
     def __init__(self, call: Call, what: str, inputs: Inputs) -> None:
         self._call = call
+        self._weights = call.weights if isinstance(call, Weighted) else ()
         self._run = self._forward if what == FORWARD else self._training
         self._sets = inputs.cycle
 
@@ -61,7 +62,33 @@ class Bound:
         self, tensors: tuple[Tensor, ...], douts: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         leaves = [tensor for tensor in tensors if tensor.requires_grad]
-        return torch.autograd.grad(outputs(self._call(*tensors)), leaves, douts)
+        return torch.autograd.grad(outputs(self._call(*tensors)), [*leaves, *self._weights], douts)
+
+    def kept_bytes(self) -> int:
+        """What a call keeps for backward: all but the weights, memory that is shared once."""
+        known = {weight.untyped_storage().data_ptr() for weight in self._weights}
+        kept: dict[int, int] = {}
+        alive: list[object] = []  # so that no address is used twice
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+            return tensor
+
+        tensors, _ = next(self._sets)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            alive.append(self._call(*tensors))
+        return sum(kept.values())
+
+
+def alike(call: Call, gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients that ``call`` got, as every contender has them: of inputs, then of weights."""
+    if not isinstance(call, Weighted):
+        return list(gradients)
+    inputs = len(gradients) - len(call.weights)
+    return [*gradients[:inputs], *call.arrange(gradients[inputs:])]
 
 
 def context_of(contender: Contender, what: str) -> Callable[[], AbstractContextManager[object]]:

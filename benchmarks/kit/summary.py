@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.kit.contenders import OURS
-from benchmarks.kit.discover import ROOT
+from benchmarks.kit.discover import ROOT, WHOLES
 from benchmarks.kit.machine import is_shared
 from benchmarks.kit.record import Measurement, Result, Timing, loads
-from benchmarks.kit.table import number, title_of
+from benchmarks.kit.table import memory_columns, number, title_of
 
 PAGE = Path("docs/performance.md")
 _RESULTS = "benchmarks/results"
@@ -65,6 +65,8 @@ def _device_section(results: Mapping[str, Result]) -> str:
         ]
         lines += [_row(m) for m in result.measurements]
         lines.append("")
+        if result.op in WHOLES:
+            lines += _memory_table(result)
         for a in result.alternations:
             if a.kind == OURS:
                 lines.append(
@@ -74,6 +76,21 @@ def _device_section(results: Mapping[str, Result]) -> str:
         chart = Path(path).with_suffix(".png")
         lines += [f"![{result.op}](../{chart.as_posix()})", ""]
     return "\n".join(lines)
+
+
+def _memory_table(result: Result) -> list[str]:
+    """MiB of everyone in every pass where memory was counted; nothing where it never was."""
+    names = list(dict.fromkeys(t.name for m in result.measurements for t in m.timings))
+    rows = []
+    for m in result.measurements:
+        for kind, values in memory_columns(m).items():
+            found = (values.get(name) for name in names)
+            cells = ["" if value is None else number(value) for value in found]
+            rows.append(f"| {' | '.join([title_of(m), kind, *cells])} |")
+    if not rows:
+        return []
+    head = f"| {' | '.join(['case', 'MiB', *names])} |"
+    return [head, "|---|---|" + len(names) * "--:|", *rows, ""]
 
 
 def _provenance(result: Result) -> str:

@@ -34,9 +34,9 @@ def table_of(m: Measurement) -> Table:
     """One pass of one case."""
     table = Table(title=title_of(m), title_justify="left", title_style="bold", show_edge=False)
     table.add_column("", no_wrap=True)
-    memory = any(t.peak_mib is not None for t in m.timings)
+    memory = memory_columns(m)
     columns = ("ms", "quartiles", rate_unit(m), "x best peer", "of floor")
-    for name in (*columns, *(["peak MiB"] if memory else [])):
+    for name in (*columns, *(f"{name} MiB" for name in memory)):
         table.add_column(name, justify="right")
     for t in m.timings:
         style = "green" if t.answers else "" if t.kind == OURS else "cyan"
@@ -47,12 +47,26 @@ def table_of(m: Measurement) -> Table:
             number(t.speedup.median) if t.speedup else "",
             f"{t.of_floor.median:.0%}",
         ]
-        if memory:
-            cells.append(number(t.peak_mib) if t.peak_mib is not None else "")
+        for values in memory.values():
+            value = values[t.name]
+            cells.append("" if value is None else number(value))
         table.add_row(label(t), *cells, style=style)
     floor = [number(m.floor_ms.median), quartiles(m.floor_ms), number(rate(m, m.floor_ms.median))]
     table.add_row(f"floor ({m.bound})", *floor, "", "100%", style="dim")
     return table
+
+
+def memory_columns(m: Measurement) -> dict[str, dict[str, float | None]]:
+    """MiB by contender, at the peak and kept for backward, where it was counted for any."""
+    found = {
+        "peak": {t.name: t.peak_mib for t in m.timings},
+        "kept": {t.name: t.kept_mib for t in m.timings},
+    }
+    return {
+        kind: values
+        for kind, values in found.items()
+        if any(value is not None for value in values.values())
+    }
 
 
 def remarks(result: Result) -> list[str]:

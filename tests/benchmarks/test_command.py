@@ -155,6 +155,13 @@ def test_the_gate_is_shut_without_tests(tree):
     assert not run_tests("scale", root).passed
 
 
+def test_a_whole_has_its_tests_by_name(tmp_path):
+    for op in discover.WHOLES:
+        assert gate.test_files(op) and all(path.is_file() for path in gate.test_files(op))
+    refused = run_tests("dit_blocks", tmp_path)
+    assert not refused.passed and refused.summary == "tests/models/test_dit.py does not exist"
+
+
 def test_the_table_says_what_is_not_evidence():
     assert remarks(result()) == []
     doubtful = result(neighbours=0.5, tests="skipped", quick=True)

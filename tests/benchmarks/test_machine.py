@@ -35,6 +35,13 @@ def test_changed_or_unknown_code_is_not_clean(monkeypatch, answers, clean):
     assert machine.describe_source("x", "").clean is clean
 
 
+def test_a_whole_is_clean_when_all_ops_and_models_are(monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, "_git", lambda *args: asked.extend(args) or "")
+    machine.describe_source("dit_blocks", "")
+    assert {"kernels", "csrc", "hunyuan_fast", "benchmarks"} <= set(asked)
+
+
 @pytest.mark.parametrize(("text", "size"), [("32768K", 2**25), ("64M", 2**26), ("512", 512)])
 def test_cache_sizes_are_read_as_linux_writes_them(text, size):
     assert parse_size(text) == size

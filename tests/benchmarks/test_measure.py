@@ -9,7 +9,17 @@ from torch.nn import functional as F
 
 from benchmarks.bench_fused_modulation import _case
 from benchmarks.kit.alternate import alternate
-from benchmarks.kit.case import FORWARD, PASSES, Case, Peer, Unavailable, Work
+from benchmarks.kit.case import (
+    FORWARD,
+    PASSES,
+    TRAINING,
+    Case,
+    Entrant,
+    Peer,
+    Unavailable,
+    Weighted,
+    Work,
+)
 from benchmarks.kit.clock import HostClock
 from benchmarks.kit.contenders import OURS, PEER, Contender
 from benchmarks.kit.floor import COMPUTE, COPY, MATMUL, MEMORY, Probe, floor_probes, floors
@@ -124,6 +134,60 @@ def test_an_implementation_of_ours_that_is_wrong_stops_the_measurement():
         measure(OP, replace(case, call=call), FORWARD, setting())
 
 
+def own(*ours: Entrant) -> Case:
+    """A case of no op: our own ways to the result, and one peer."""
+    return replace(small(peer("eager")), arguments=None, ours=ours)
+
+
+def test_without_an_op_the_first_of_ours_answers_and_others_may_fail():
+    def build():
+        raise Unavailable("no compiler")
+
+    others = (Entrant("broken", lambda: fail), Entrant("missing", build))
+    m = measure("whole", own(Entrant("plain", lambda: eager), *others), FORWARD, setting())
+    assert [(t.name, t.kind, t.answers) for t in m.timings] == [
+        ("plain", OURS, True),
+        ("eager", PEER, False),
+    ]
+    assert m.declined == {
+        "broken": "RuntimeError: no kernel for this",
+        "missing": "no compiler",
+    }
+    with pytest.raises(RuntimeError, match="no kernel for this"):
+        measure("whole", own(Entrant("plain", lambda: fail)), FORWARD, setting())
+    twice = own(Entrant("plain", lambda: eager), Entrant("off", lambda: wrong))
+    with pytest.raises(RuntimeError, match="whole: off is wrong in small forward"):
+        measure("whole", twice, FORWARD, setting())
+
+
+def test_weights_are_differentiated_compared_and_not_counted_as_kept():
+    weight = torch.randn(12, 32, requires_grad=True)
+    halves = tuple(half.detach().requires_grad_() for half in weight.split(6))
+
+    def whole(x, shift, scale):
+        return eager(x, shift, scale) * weight
+
+    def split(x, shift, scale):
+        return eager(x, shift, scale) * torch.cat(halves)
+
+    def joined(gradients):
+        return [torch.cat(list(gradients))]
+
+    ours = Entrant("ours", lambda: Weighted(whole, (weight,), tuple))
+    peers = (
+        Peer("theirs", lambda: Weighted(split, halves, joined)),
+        Peer("swapped", lambda: Weighted(split, halves[::-1], joined)),
+    )
+    case = replace(own(ours), peers=peers)
+    m = measure("whole", case, TRAINING, setting())
+    assert [t.name for t in m.timings] == ["ours", "theirs"]
+    assert "computes something else" in m.declined["swapped"]
+    rows = [t.kept_mib * 2**20 / (12 * 32 * 4) for t in m.timings]
+    # x, its norm, what the weight multiplies, small statistics; the joined halves on top
+    assert rows[1] - rows[0] == pytest.approx(1.0) and 2 < rows[0] < 4
+    assert all(t.kept_mib is None for t in measure("whole", case, FORWARD, setting()).timings)
+
+
 def test_contexts_surround_the_calls_of_their_peer_alone():
     inside = []
 
@@ -194,10 +258,11 @@ def test_the_best_peer_has_the_lowest_median_and_ratios_are_within_rounds():
     assert best_peer(ready, samples) == "a"
     trials = dict.fromkeys(seconds, Trial(0.0, 1.0))
     peaks = dict.fromkeys(seconds, 1.0)
-    ours, a, _ = timings(ready, trials, peaks, samples, floor=[0.5, 2.0, 0.5])
+    kept = {**dict.fromkeys(seconds), "ours": 2.0}
+    ours, a, _ = timings(ready, trials, peaks, kept, samples, floor=[0.5, 2.0, 0.5])
     assert ours.speedup == Spread(2.0, 2.0, 2.0) and a.speedup == Spread(1.0, 1.0, 1.0)
     assert ours.of_floor == Spread(0.5, 0.5, 0.5) and ours.ms.median == 1000.0
-    assert ours.peak_mib == 1.0
+    assert ours.peak_mib == 1.0 and ours.kept_mib == 2.0 and a.kept_mib is None
 
 
 def test_the_higher_floor_counts():

@@ -23,6 +23,13 @@ def test_a_result_survives_the_round_trip(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["scale.json"]
 
 
+def test_files_from_before_kept_memory_was_counted_are_read():
+    data = json.loads(dumps(result()))
+    for each in data["measurements"][0]["timings"]:
+        del each["kept_mib"]
+    assert loads(json.dumps(data), "scale.json") == result()
+
+
 def test_figures_have_five_digits():
     made = result(measurements=[measurement(copy_gb_per_s=12.3456789)])
     assert '"copy_gb_per_s": 12.346' in dumps(made)

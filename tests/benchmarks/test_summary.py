@@ -62,6 +62,17 @@ def test_a_row_shows_ours_beside_the_best_peer_and_the_floor():
     assert "../benchmarks/results/cpu-a-processor-r-2-cores/scale.png" in page
 
 
+def test_memory_of_a_whole_is_shown_where_it_was_counted():
+    timings = [timing("hunyuan_fast", answers=True, kept_mib=20.5), timing("diffusers", "peer")]
+    m = measurement(function="block", timings=timings, best_peer="diffusers")
+    page = render({PATH: result(op="dit_blocks", measurements=[m])}, {}).splitlines()
+    head = page.index("| case | MiB | hunyuan_fast | diffusers |")
+    assert page[head + 2] == "| block 256p-33f (L=8) float32, forward | kept | 20.5 |  |"
+    assert page[head + 3] == ""
+    assert "| MiB |" not in render({PATH: result(measurements=[m])}, {})
+    assert "| MiB |" not in render({PATH: result(op="dit_blocks")}, {})
+
+
 def test_a_shared_machine_is_called_one():
     assert "shared" not in render({PATH: result(neighbours=0.05)}, {})
     assert "**The machine was shared:** other processes took 40%" in render(
