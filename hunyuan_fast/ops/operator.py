@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.library import custom_op
 from torch.nn import Parameter
@@ -68,6 +69,8 @@ def define(
         differentiable = _differentiable(name, kernel, save, gradients)
 
     def call(*args: Any) -> Any:
+        if _forward_mode_level() >= 0:
+            _refuse_tangents(name, args)
         if _watched():
             return library(*args)
         requires_grad = False
@@ -99,6 +102,21 @@ def refuse_second_derivative(function: str) -> Callable[..., NoReturn]:
         )
 
     return gradients
+
+
+def _forward_mode_level() -> int:
+    """Below zero outside of every block of forward-mode differentiation."""
+    return getattr(forward_ad, "_current_level", 0)
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Raise where a derivative would get lost: kernels know nothing of tangents."""
+    tensors = (arg for arg in args if isinstance(arg, Tensor))
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"hunyuan_fast::{name} has no forward-mode derivative (jvp, jacfwd, dual tensors): "
+            "use reverse mode"
+        )
 
 
 def _watched() -> bool:

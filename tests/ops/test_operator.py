@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
@@ -332,6 +333,20 @@ def test_gradients_of_torch_func_are_refused(case, generator):
     function, leaves = draw(case, generator)
     with pytest.raises(RuntimeError, match=r"use an autograd\.Function with functorch"):
         torch.func.grad(lambda *tensors: function(*tensors)[0].sum())(*leaves)
+
+
+@each_case
+def test_derivatives_in_forward_mode_are_refused(case, generator):
+    """And not answered by zeros, which is what a kernel that sees no tangent would give."""
+    function, leaves = draw(case, generator)
+    leaf, *others = (t.detach() for t in leaves)
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        torch.func.jvp(lambda t: function(t, *others)[0], (leaf,), (leaf,))
+    with forward_ad.dual_level():
+        expected = function(leaf, *others)  # nothing to differentiate
+        with pytest.raises(RuntimeError, match="use reverse mode"):
+            function(forward_ad.make_dual(leaf, leaf), *others)
+    assert_same(function(leaf, *others), expected)
 
 
 # ---- who writes
