@@ -1,0 +1,196 @@
+// Convolution as a matrix product over the taps, compiled once per instruction set by cpu_<isa>.cpp.
+//
+// A group of output positions meets a block of outputs: its sums stay in registers while the channels of
+// some taps pass. Every position has its own pointer to the input of every tap, so that edges, frames of the past,
+// strides and the ends of rows cost nothing where the arithmetic is, and no padded copy is ever made.
+#pragma once
+
+#include "causal_conv3d/cpu.h"
+#include "common/simd.h"
+
+namespace hunyuan_fast::causal_conv3d::HUNYUAN_FAST_ISA {
+
+using namespace hunyuan_fast::HUNYUAN_FAST_ISA;
+
+// Vectors of outputs in a full block, and positions in a group: with AVX-512 24 of the 32 registers hold sums,
+// else 12 of 16. Narrow blocks take more positions, for a register is free for its next sum after some cycles.
+constexpr int kVectors = kLanes == 16 ? 4 : 2;
+constexpr int rows_for(int vectors) { return vectors == kVectors ? 6 : 8; }
+constexpr int64_t kMaxTaps = 27;
+// Multiplications per sum before it goes back to the cache: weights for so many are kept near meanwhile.
+// Sums of so many are added to each other, which loses fewer digits than one long sum.
+constexpr int64_t kDepth = 256;
+
+// Vectors per block: as few as hold O, so that a convolution to pixels does not compute mostly zeros.
+inline int vectors_for(int64_t O) {
+    int vectors = 1;
+    while (vectors < kVectors && vectors * kLanes < O) vectors *= 2;
+    return vectors;
+}
+
+inline Packing packing(int64_t O) {
+    int64_t const lanes = vectors_for(O) * kLanes;
+    return {lanes, (O + lanes - 1) / lanes};
+}
+
+inline void pack(Params const& p, Weights const& w, float* packed, int64_t begin, int64_t end) {
+    Packing const packing_ = packing(p.O);
+    float* out = packed + begin * p.kernel.count() * p.C * packing_.lanes;
+    for (int64_t block = begin; block < end; ++block) {
+        for (int64_t t = 0; t < p.kernel.t; ++t) {
+            for (int64_t h = 0; h < p.kernel.h; ++h) {
+                for (int64_t k = 0; k < p.kernel.w; ++k) {
+                    float const* tap = w.data + t * w.stride_t + h * w.stride_h + k * w.stride_w;
+                    for (int64_t c = 0; c < p.C; ++c) {
+                        for (int64_t i = 0; i < packing_.lanes; ++i, ++out) {
+                            int64_t const o = block * packing_.lanes + i;
+                            *out = o < p.O ? tap[o * w.stride_o + c * w.stride_c] : 0.0f;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+inline int64_t clamp(int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
+
+// A box: where its positions are written, and what each tap reads for each of them.
+struct Tile {
+    int64_t count = 0;
+    int64_t offset_y[kTile];
+    int64_t offset_residual[kTile];
+    // [tap][position]
+    float const* inputs[kMaxTaps][kTile];
+    alignas(64) float sums[kTile * kVectors * kLanes];
+};
+
+inline int64_t offset(Map const& map, int64_t b, int64_t t, int64_t h, int64_t w) {
+    return b * map.stride_b + t * map.stride_t + h * map.stride_h + w * map.stride_w;
+}
+
+inline float const* frame(Params const& p, int64_t b, int64_t t) {
+    if (t < 0 && p.past.data) return p.past.data + b * p.past.stride_b + (t + p.past_frames) * p.past.stride_t;
+    return p.x.data + b * p.x.stride_b + clamp(t, p.in.t) * p.x.stride_t;
+}
+
+inline void locate(Params const& p, int64_t b, int64_t t, int64_t h, int64_t w, Tile& tile) {
+    int64_t const i = tile.count++;
+    tile.offset_y[i] = offset(p.y, b, t, h, w);
+    tile.offset_residual[i] = offset(p.residual, b, t, h, w);
+    int64_t tap = 0;
+    for (int64_t kt = 0; kt < p.kernel.t; ++kt) {
+        int64_t const from_t = t * p.stride.t + kt - p.origin.t;
+        float const* const base = frame(p, b, from_t);
+        bool const in_past = from_t < 0 && p.past.data;
+        int64_t const stride_h = in_past ? p.past.stride_h : p.x.stride_h;
+        int64_t const stride_w = in_past ? p.past.stride_w : p.x.stride_w;
+        for (int64_t kh = 0; kh < p.kernel.h; ++kh) {
+            float const* const row = base + clamp(h * p.stride.h + kh - p.origin.h, p.in.h) * stride_h;
+            for (int64_t kw = 0; kw < p.kernel.w; ++kw, ++tap) {
+                tile.inputs[tap][i] = row + clamp(w * p.stride.w + kw - p.origin.w, p.in.w) * stride_w;
+            }
+        }
+    }
+}
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline void lay_out(Params const& p, int64_t index, Tile& tile) {
+    auto const [box, number] = boxes_of(p.out);
+    int64_t const b = index / number.count();
+    int64_t const t = index / (number.h * number.w) % number.t * box.t;
+    int64_t const h = index / number.w % number.h * box.h;
+    int64_t const w = index % number.w * box.w;
+    tile.count = 0;
+    for (int64_t i = t; i < least(t + box.t, p.out.t); ++i) {
+        for (int64_t j = h; j < least(h + box.h, p.out.h); ++j) {
+            for (int64_t k = w; k < least(w + box.w, p.out.w); ++k) locate(p, b, i, j, k, tile);
+        }
+    }
+    // groups are whole: what is beyond the last position reads what that one does
+    for (int64_t tap = 0; tap < p.kernel.count(); ++tap) {
+        for (int64_t i = tile.count; i < least(tile.count + 8, kTile); ++i) {
+            tile.inputs[tap][i] = tile.inputs[tap][tile.count - 1];
+        }
+    }
+}
+
+// Adds the products of taps [tap, last) for positions [i, i + rows) to their sums.
+template <int kV>
+inline void group(Tile& tile, int64_t i, int64_t tap, int64_t last, int64_t C, float const* w) {
+    constexpr int kRows = rows_for(kV);
+    Vec sums[kRows][kV] = {};
+    for (; tap < last; ++tap) {
+        float const* x[kRows];
+        for (int r = 0; r < kRows; ++r) x[r] = tile.inputs[tap][i + r];
+        for (int64_t c = 0; c < C; ++c, w += kV * kLanes) {
+            Vec weights[kV];
+            for (int v = 0; v < kV; ++v) weights[v] = load_as<Vec>(w + v * kLanes);
+            for (int r = 0; r < kRows; ++r) {
+                for (int v = 0; v < kV; ++v) sums[r][v] += x[r][c] * weights[v];
+            }
+        }
+    }
+    float* const kept = tile.sums + i * kV * kLanes;
+    for (int r = 0; r < kRows; ++r) {
+        for (int v = 0; v < kV; ++v) {
+            float* const at = kept + (r * kV + v) * kLanes;
+            store_as(at, load_as<Vec>(at) + sums[r][v]);
+        }
+    }
+}
+
+template <int kV>
+inline void start(Params const& p, int64_t o, Tile& tile) {
+    float bias[kV * kLanes] = {};
+    for (int64_t j = 0; p.bias && j < kV * kLanes && o + j < p.O; ++j) bias[j] = p.bias[o + j];
+    for (int64_t i = 0; i < kTile; ++i) std::memcpy(tile.sums + i * kV * kLanes, bias, sizeof bias);
+}
+
+template <int kV>
+inline void finish(Params const& p, int64_t o, Tile& tile) {
+    int64_t const count = p.O - o < kV * kLanes ? p.O - o : kV * kLanes;
+    for (int64_t i = 0; i < tile.count; ++i) {
+        float const* from = tile.sums + i * kV * kLanes;
+        float* to = p.y.data + tile.offset_y[i] + o;
+        if (p.residual.data) {
+            float const* residual = p.residual.data + tile.offset_residual[i] + o;
+            for (int64_t j = 0; j < count; ++j) to[j] = from[j] + residual[j];
+        } else {
+            std::memcpy(to, from, size_t(count) * sizeof *to);
+        }
+    }
+}
+
+template <int kV>
+void run_blocks(Params const& p, Tile& tile) {
+    int64_t const taps = p.kernel.count();
+    int64_t const at_once = kDepth / p.C > 1 ? kDepth / p.C : 1;
+    float const* w = p.weights;
+    for (int64_t o = 0; o < p.O; o += kV * kLanes) {
+        start<kV>(p, o, tile);
+        for (int64_t tap = 0; tap < taps; tap += at_once) {
+            int64_t const last = tap + at_once < taps ? tap + at_once : taps;
+            for (int64_t i = 0; i < tile.count; i += rows_for(kV)) group<kV>(tile, i, tap, last, p.C, w);
+            w += (last - tap) * p.C * kV * kLanes;
+        }
+        finish<kV>(p, o, tile);
+    }
+}
+
+inline void run_boxes(Params const& p, int64_t begin, int64_t end) {
+    Tile tile;
+    for (int64_t each = begin; each < end; ++each) {
+        lay_out(p, each, tile);
+        switch (vectors_for(p.O)) {
+            case 1: run_blocks<1>(p, tile); break;
+            case 2: run_blocks<2>(p, tile); break;
+            default: run_blocks<kVectors>(p, tile);
+        }
+    }
+}
+
+constexpr CpuKernels kKernels = {&packing, &pack, &run_boxes};
+
+}  // namespace hunyuan_fast::causal_conv3d::HUNYUAN_FAST_ISA
