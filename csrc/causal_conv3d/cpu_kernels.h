@@ -33,21 +33,36 @@ inline Packing packing(int64_t O) {
     return {lanes, (O + lanes - 1) / lanes};
 }
 
+// The taps of a weight are adjacent in most layouts, while the packed ones lie far apart: some channels at a time are
+// sorted in a buffer, where 27 places are not all in the same set of the cache, and copied out in long runs.
 inline void pack(Params const& p, Weights const& w, float* packed, int64_t begin, int64_t end) {
-    Packing const packing_ = packing(p.O);
-    float* out = packed + begin * p.kernel.count() * p.C * packing_.lanes;
+    constexpr int64_t kChannels = 8;
+    constexpr int64_t kRun = kChannels * kVectors * kLanes;
+    static_assert(kRun % 64 == 0, "the runs below are kept a cache line apart from a power of two");
+    float buffer[kMaxTaps][kRun + 16];
+    int64_t const lanes = packing(p.O).lanes;
+    int64_t const of_tap = p.C * lanes;
     for (int64_t block = begin; block < end; ++block) {
-        for (int64_t t = 0; t < p.kernel.t; ++t) {
-            for (int64_t h = 0; h < p.kernel.h; ++h) {
-                for (int64_t k = 0; k < p.kernel.w; ++k) {
-                    float const* tap = w.data + t * w.stride_t + h * w.stride_h + k * w.stride_w;
-                    for (int64_t c = 0; c < p.C; ++c) {
-                        for (int64_t i = 0; i < packing_.lanes; ++i, ++out) {
-                            int64_t const o = block * packing_.lanes + i;
-                            *out = o < p.O ? tap[o * w.stride_o + c * w.stride_c] : 0.0f;
+        float* const first = packed + block * p.kernel.count() * of_tap;
+        for (int64_t c = 0; c < p.C; c += kChannels) {
+            int64_t const channels = p.C - c < kChannels ? p.C - c : kChannels;
+            for (int64_t i = 0; i < lanes; ++i) {
+                int64_t const o = block * lanes + i;
+                for (int64_t j = 0; j < channels; ++j) {
+                    float const* from = w.data + o * w.stride_o + (c + j) * w.stride_c;
+                    int64_t tap = 0;
+                    for (int64_t t = 0; t < p.kernel.t; ++t) {
+                        for (int64_t h = 0; h < p.kernel.h; ++h) {
+                            for (int64_t k = 0; k < p.kernel.w; ++k, ++tap) {
+                                int64_t const at = t * w.stride_t + h * w.stride_h + k * w.stride_w;
+                                buffer[tap][j * lanes + i] = o < p.O ? from[at] : 0.0f;
+                            }
                         }
                     }
                 }
+            }
+            for (int64_t tap = 0; tap < p.kernel.count(); ++tap) {
+                std::memcpy(first + tap * of_tap + c * lanes, buffer[tap], size_t(channels * lanes) * sizeof(float));
             }
         }
     }
