@@ -1,5 +1,6 @@
 """The public functions over tensors: checked, differentiable, fit for ``torch.compile``."""
 
+from hunyuan_fast.ops.causal_conv3d import causal_conv3d, upsample_causal_conv3d
 from hunyuan_fast.ops.fused_modulation import (
     gate_residual,
     gate_residual_layer_norm_modulate,
@@ -12,6 +13,7 @@ from hunyuan_fast.ops.rope3d_attention import apply_rope3d, attention, rope3d_at
 __all__ = [
     "apply_rope3d",
     "attention",
+    "causal_conv3d",
     "concat_gelu_tanh",
     "gate_residual",
     "gate_residual_layer_norm_modulate",
@@ -19,4 +21,5 @@ __all__ = [
     "layer_norm_modulate",
     "qk_norm_rope",
     "rope3d_attention",
+    "upsample_causal_conv3d",
 ]

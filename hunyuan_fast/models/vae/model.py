@@ -14,7 +14,7 @@ from hunyuan_fast.models.vae.inputs import check_latents, check_video
 from hunyuan_fast.models.vae.posterior import DiagonalGaussian
 from hunyuan_fast.models.vae.tiling import PRESETS, Tiling, latent_window, map_tiles, pixel_window
 from hunyuan_fast.models.weights import Pretrained
-from hunyuan_fast.modules.causal_conv3d import causal_conv3d
+from hunyuan_fast.ops import causal_conv3d
 
 
 class HunyuanVideoVAE(Pretrained, nn.Module):
