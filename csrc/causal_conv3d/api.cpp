@@ -37,12 +37,10 @@ bool fits(TensorView const& map, Size const& size) {
     return map.size[2] == size.t && map.size[3] == size.h && map.size[4] == size.w;
 }
 
-// Every output has its inputs: within x or a step of the edge in space, and not before the past in time.
+// Edges are repeated in every direction but one: there is no frame after the last.
 void check_reach(Params const& p) {
     HUNYUAN_CHECK(p.in.count() > 0, "x must not be empty");
     HUNYUAN_CHECK(p.kernel.count() > 0 && p.kernel.count() <= 27, "a kernel has 1 to 27 taps, got ", p.kernel.count());
-    HUNYUAN_CHECK(p.origin.t >= 0 && p.past_frames >= (p.past.data ? p.origin.t : 0),
-                  "the past must have at least ", p.origin.t, " frames, got ", p.past_frames);
     int64_t const last = (p.out.t - 1) * p.stride.t + p.kernel.t - 1 - p.origin.t;
     HUNYUAN_CHECK(last < p.in.t, "the last output would need frame ", last, " of ", p.in.t);
 }
@@ -60,6 +58,7 @@ Params params_of(TensorView const& x, TensorView const& past, TensorView const& 
     if (past.given()) {
         p.past = map_of(past, "past", p.B, p.C);
         p.past_frames = past.size[2];
+        HUNYUAN_CHECK(p.past_frames > 0, "past must have frames, got ", past.shape());
         HUNYUAN_CHECK(fits(past, {p.past_frames, p.in.h, p.in.w}), "past does not fit x: ", past.shape());
     }
     if (residual.given()) {

@@ -84,49 +84,71 @@ inline int64_t offset(Map const& map, int64_t b, int64_t t, int64_t h, int64_t w
     return b * map.stride_b + t * map.stride_t + h * map.stride_h + w * map.stride_w;
 }
 
-inline float const* frame(Params const& p, int64_t b, int64_t t) {
-    if (t < 0 && p.past.data) return p.past.data + b * p.past.stride_b + (t + p.past_frames) * p.past.stride_t;
-    return p.x.data + b * p.x.stride_b + clamp(t, p.in.t) * p.x.stride_t;
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Frame t of a sample, and the strides within it.
+inline Map frame_of(Params const& p, int64_t b, int64_t t) {
+    bool const in_past = t < 0 && p.past.data;
+    Map frame = in_past ? p.past : p.x;
+    int64_t const at = in_past ? clamp(t + p.past_frames, p.past_frames) : clamp(t, p.in.t);
+    frame.data += b * frame.stride_b + at * frame.stride_t;
+    return frame;
 }
 
-inline void locate(Params const& p, int64_t b, int64_t t, int64_t h, int64_t w, Tile& tile) {
-    int64_t const i = tile.count++;
-    tile.offset_y[i] = offset(p.y, b, t, h, w);
-    tile.offset_residual[i] = offset(p.residual, b, t, h, w);
-    int64_t tap = 0;
-    for (int64_t kt = 0; kt < p.kernel.t; ++kt) {
-        int64_t const from_t = t * p.stride.t + kt - p.origin.t;
-        float const* const base = frame(p, b, from_t);
-        bool const in_past = from_t < 0 && p.past.data;
-        int64_t const stride_h = in_past ? p.past.stride_h : p.x.stride_h;
-        int64_t const stride_w = in_past ? p.past.stride_w : p.x.stride_w;
-        for (int64_t kh = 0; kh < p.kernel.h; ++kh) {
-            float const* const row = base + clamp(h * p.stride.h + kh - p.origin.h, p.in.h) * stride_h;
-            for (int64_t kw = 0; kw < p.kernel.w; ++kw, ++tap) {
-                tile.inputs[tap][i] = row + clamp(w * p.stride.w + kw - p.origin.w, p.in.w) * stride_w;
+// Output positions [begin, end) of a sample.
+struct Range {
+    int64_t b;
+    Size begin;
+    Size end;
+};
+
+inline Range range_of(Params const& p, int64_t index) {
+    auto const [box, number] = boxes_of(p.out);
+    Range r;
+    r.b = index / number.count();
+    r.begin.t = index / (number.h * number.w) % number.t * box.t;
+    r.begin.h = index / number.w % number.h * box.h;
+    r.begin.w = index % number.w * box.w;
+    r.end = {least(r.begin.t + box.t, p.out.t), least(r.begin.h + box.h, p.out.h), least(r.begin.w + box.w, p.out.w)};
+    return r;
+}
+
+// What a tap of offset (kt, kh, kw) reads for each position of the range.
+inline void read_at(Params const& p, Range const& r, int64_t kt, int64_t kh, int64_t kw, float const** inputs) {
+    for (int64_t t = r.begin.t; t < r.end.t; ++t) {
+        Map const frame = frame_of(p, r.b, t * p.stride.t + kt - p.origin.t);
+        int64_t columns[kTile];
+        int64_t const width = r.end.w - r.begin.w;
+        for (int64_t i = 0; i < width; ++i) {
+            columns[i] = clamp((r.begin.w + i) * p.stride.w + kw - p.origin.w, p.in.w) * frame.stride_w;
+        }
+        for (int64_t h = r.begin.h; h < r.end.h; ++h, inputs += width) {
+            float const* const row = frame.data + clamp(h * p.stride.h + kh - p.origin.h, p.in.h) * frame.stride_h;
+            for (int64_t i = 0; i < width; ++i) inputs[i] = row + columns[i];
+        }
+    }
+}
+
+inline void lay_out(Params const& p, int64_t index, Tile& tile) {
+    Range const r = range_of(p, index);
+    tile.count = 0;
+    for (int64_t t = r.begin.t; t < r.end.t; ++t) {
+        for (int64_t h = r.begin.h; h < r.end.h; ++h) {
+            for (int64_t w = r.begin.w; w < r.end.w; ++w, ++tile.count) {
+                tile.offset_y[tile.count] = offset(p.y, r.b, t, h, w);
+                tile.offset_residual[tile.count] = offset(p.residual, r.b, t, h, w);
             }
         }
     }
-}
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline void lay_out(Params const& p, int64_t index, Tile& tile) {
-    auto const [box, number] = boxes_of(p.out);
-    int64_t const b = index / number.count();
-    int64_t const t = index / (number.h * number.w) % number.t * box.t;
-    int64_t const h = index / number.w % number.h * box.h;
-    int64_t const w = index % number.w * box.w;
-    tile.count = 0;
-    for (int64_t i = t; i < least(t + box.t, p.out.t); ++i) {
-        for (int64_t j = h; j < least(h + box.h, p.out.h); ++j) {
-            for (int64_t k = w; k < least(w + box.w, p.out.w); ++k) locate(p, b, i, j, k, tile);
-        }
-    }
-    // groups are whole: what is beyond the last position reads what that one does
-    for (int64_t tap = 0; tap < p.kernel.count(); ++tap) {
-        for (int64_t i = tile.count; i < least(tile.count + 8, kTile); ++i) {
-            tile.inputs[tap][i] = tile.inputs[tap][tile.count - 1];
+    int64_t tap = 0;
+    for (int64_t kt = 0; kt < p.kernel.t; ++kt) {
+        for (int64_t kh = 0; kh < p.kernel.h; ++kh) {
+            for (int64_t kw = 0; kw < p.kernel.w; ++kw, ++tap) {
+                float const** const inputs = tile.inputs[tap];
+                read_at(p, r, kt, kh, kw, inputs);
+                // groups are whole: what is beyond the last position reads what that one does
+                for (int64_t i = tile.count; i < least(tile.count + 8, kTile); ++i) inputs[i] = inputs[tile.count - 1];
+            }
         }
     }
 }

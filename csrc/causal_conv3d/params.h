@@ -23,7 +23,7 @@ struct Size {
 };
 
 // y(b, o, :) = bias + sum over taps k of weight(:, :, k) x(b, o * stride + k - origin, :) + residual(b, o, :).
-// A coordinate outside of x is that of the nearest edge; but where there is a past, its frames stand before x.
+// A coordinate outside is that of the nearest edge, of x or, where there is a past, of its frames before x.
 struct Params {
     int64_t B = 0;
     int64_t C = 0;

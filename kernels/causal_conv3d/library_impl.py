@@ -55,8 +55,8 @@ def forward(
     """y (B, O, T', H', W'), channels-last."""
     with torch.autocast(x.device.type, enabled=False):
         if scale is not None and shift is not None:
-            x = _activated(x, scale, shift)
-            past = None if past is None else _activated(past, scale, shift)
+            x = activated(x, scale, shift)
+            past = None if past is None else activated(past, scale, shift)
         if factor is None:
             y = _forward_plain(x, weight, bias, stride, past)
         else:
@@ -98,7 +98,8 @@ def _part(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     return gradient.to(dtype).contiguous(memory_format=torch.channels_last_3d)
 
 
-def _activated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def activated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """silu(x * scale + shift), computed in the dtype of scale and rounded to that of x."""
     gain, offset = (v[:, :, None, None, None] for v in (scale, shift))
     return F.silu(torch.addcmul(offset, x.to(scale.dtype), gain), inplace=True).to(x.dtype)
 

@@ -25,6 +25,7 @@ from tests.ops.causal_conv3d_cases import (
     differentiate,
     draw_call,
     run,
+    skip_unless_taken,
 )
 
 each_implementation = pytest.mark.parametrize("name", ON_CPU)
@@ -282,17 +283,19 @@ def test_results_are_the_same_every_time(name, generator):
             assert (got is None and wanted is None) or torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("past", [None, 1, 2])
 @each_implementation
-def test_activation_and_residual_at_inference(name, past, generator):
+def test_activation_and_residual_at_inference(name, past, dtype, generator):
     """Against the same in three steps, for x and past alike."""
-    call = draw_call(generator, shape=(2, 6, 3, 4, 5), past=past, dtype=torch.bfloat16)
+    skip_unless_taken(name, dtype)
+    call = draw_call(generator, shape=(2, 6, 3, 4, 5), past=past, dtype=dtype)
     scale, shift = (torch.randn(2, 6, generator=generator) for _ in range(2))
-    residual = torch.randn(call.dy.shape, generator=generator).bfloat16()
+    residual = torch.randn(call.dy.shape, generator=generator).to(dtype)
 
     def activated(t):
         gain, offset = (v.double()[:, :, None, None, None] for v in (scale, shift))
-        return torch.nn.functional.silu(t.double() * gain + offset).bfloat16()
+        return torch.nn.functional.silu(t.double() * gain + offset).to(dtype)
 
     steps = call.map(lambda t: channels_last(activated(t)) if t is call.x or t is call.past else t)
     exact = by_definition(steps.map(torch.Tensor.double)) + residual.double()
@@ -306,7 +309,9 @@ def test_activation_and_residual_at_inference(name, past, generator):
             residual=residual,
         )
         bare = causal_conv3d(call.x, call.weight, past=call.past, residual=residual)
-    assert (y.double() - exact).abs().max() <= 2 * (own.double() - exact).abs().max()
+    # in fp32 only the order of summation is left to compare, and it is anyone's
+    factor = 4 if dtype == torch.float32 else 2
+    assert (y.double() - exact).abs().max() <= factor * (own.double() - exact).abs().max()
     expected = by_definition(call.map(torch.Tensor.double)) + residual.double()
     expected -= call.bias.double().view(1, -1, 1, 1, 1)
     torch.testing.assert_close(bare.double(), expected, rtol=2e-2, atol=2e-2)
@@ -326,6 +331,7 @@ def test_activation_and_residual_at_inference(name, past, generator):
 )
 @each_quick_implementation
 def test_gradcheck(name, options, generator):
+    skip_unless_taken(name, torch.float64)
     call = draw_call(generator, shape=(1, 2, 2, 3, 2), channels=2, dtype=torch.float64, **options)
     leaves = [t.requires_grad_() for t in call.leaves if t is not None]
 

@@ -1,0 +1,129 @@
+"""The C++ kernel of the causal convolution beyond what every implementation is asked."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hunyuan_fast.dispatch import implementations, use
+from hunyuan_fast.ops import causal_conv3d
+from tests.kit.memory import far_apart
+from tests.kit.numerics import assert_as_good_as, assert_equal
+from tests.ops.causal_conv3d_cases import (
+    ROOM,
+    apply,
+    as_torch_would,
+    by_definition,
+    draw_call,
+    run,
+)
+
+pytestmark = pytest.mark.skipif(
+    "cpu_impl" not in implementations(ROOM), reason="the native module is not built"
+)
+# Positions are worked on in boxes of 16 columns and 12 rows, outputs in blocks of 16, 32 or 64,
+# products in runs of 256: none of these divides what follows.
+SHAPES = {
+    "boxes": {"shape": (1, 5, 3, 26, 35), "channels": 7},
+    "frames": {"shape": (2, 6, 14, 4, 3), "channels": 20},
+    "blocks": {"shape": (1, 40, 2, 5, 6), "channels": 150},
+    "depth": {"shape": (1, 300, 2, 5, 6), "channels": 33},
+    "strided": {"shape": (1, 9, 5, 27, 37), "channels": 65, "stride": (2, 2, 2)},
+    "phases": {"shape": (1, 9, 4, 13, 18), "channels": 65, "factor": (2, 2, 2)},
+    "continued": {"shape": (2, 9, 3, 13, 18), "channels": 17, "past": 2},
+    "pointwise": {"shape": (2, 70, 3, 13, 18), "channels": 130, "kernel": 1},
+}
+
+
+def assert_forward_is_right(call):
+    """Gradients are the library's. Short sums are luck: torch's own may be exact."""
+    with use("cpu_impl", ROOM), torch.no_grad():
+        y = apply(call)
+        exact = by_definition(call.map(torch.Tensor.double))
+        own = as_torch_would(call)
+    assert_as_good_as(y, exact, own, name="y", factor=3.0)
+
+
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
+def test_sizes_that_no_block_divides(options, generator):
+    assert_forward_is_right(draw_call(generator, **options))
+
+
+def test_long_sums_lose_no_more_than_short_ones(generator):
+    """13,824 products each, in one run after the other."""
+    assert_forward_is_right(draw_call(generator, shape=(1, 512, 3, 4, 4), channels=16))
+
+
+def test_threads_make_no_difference(generator):
+    call = draw_call(generator, shape=(2, 20, 5, 30, 20), channels=40)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run("cpu_impl", call)[0])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_equal(other, results[0])
+
+
+def test_offsets_beyond_32_bits(generator):
+    """Samples 2^31 elements apart."""
+    call = draw_call(generator, shape=(2, 3, 2, 3, 4), channels=5)
+    x = far_apart((2, 3, 2, 3, 4), (2**31, 1, 36, 12, 3), torch.float32).copy_(call.x)
+    with use("cpu_impl", ROOM), torch.no_grad():
+        wanted = causal_conv3d(call.x, call.weight, call.bias)
+        assert_equal(causal_conv3d(x, call.weight, call.bias), wanted)
+
+
+def test_a_nan_reaches_its_neighbours_only(generator):
+    call = draw_call(generator, shape=(2, 4, 5, 6, 7))
+    call.x[0, :, 2, 3, 3] = torch.nan
+    is_nan = run("cpu_impl", call)[0].isnan()
+    assert is_nan[0, :, 2:5, 2:5, 2:5].all()
+    assert is_nan.sum() == is_nan[0, :, 2:5, 2:5, 2:5].numel()
+
+
+def test_native_refusals():
+    native = pytest.importorskip("hunyuan_fast._C")
+    x = torch.zeros(1, 4, 3, 5, 5).contiguous(memory_format=torch.channels_last_3d)
+    packed = torch.zeros(native.causal_conv3d_packed_size_cpu(4, 4, (3, 3, 3)))
+    ones, origin = (1, 1, 1), (2, 1, 1)
+
+    def call(**changed):
+        given = {"x": x, "past": None, "packed": packed, "bias": None, "residual": None, "y": x}
+        given |= {"kernel": (3, 3, 3), "stride": ones, "origin": origin} | changed
+        native.causal_conv3d_forward_cpu(*given.values(), 1)
+
+    call(y=x.clone())
+    for words, changed in {
+        "x must be float32": {"x": x.double()},
+        "x must be channels-last": {"x": x.contiguous()},
+        "packed does not fit": {"packed": packed[1:]},
+        "past does not fit x": {"past": x[:, :, :, 1:]},
+        "residual does not fit y": {"residual": x[:, :, 1:]},
+        "bias must be": {"bias": torch.zeros(3)},
+        "the last output would need frame 4 of 3": {"origin": (0, 1, 1)},
+        "1 to 27 taps": {"kernel": (3, 3, 4)},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            call(**changed)
+
+
+@pytest.mark.parametrize("isa", ["plain", "avx2"])
+def test_lower_instruction_sets(isa):
+    files = [__file__, str(Path(__file__).with_name("test_causal_conv3d.py"))]
+    wanted = "no_block or long_sums or random_calls or upsampling_as_accurate"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+        + ["-k", f"(cpu or no_block or long_sums) and ({wanted})"],
+        env={**os.environ, "HUNYUAN_FAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
