@@ -64,8 +64,6 @@ def _plain(
     residual: Tensor | None,
 ) -> Tensor:
     batch, _, frames, height, width = x.shape
-    if begins_alone(x, past):
-        weight, stride = sum_in_time(weight), (1, *stride[1:])
     taps, rows, columns = weight.shape[2:]
     lead = taps - 1 if past is None else past.shape[2]
     lengths = (frames + lead - taps + 1, height, width)
@@ -83,7 +81,7 @@ def _upsampled(
 ) -> Tensor:
     """Every output parity is a convolution of x that writes its own places of the result."""
     batch, _, frames, height, width = x.shape
-    if begins_alone(x, past):
+    if begins_alone(x, past):  # and has one frame alone: there is nothing to double in time
         weight, factor = sum_in_time(weight), (1, *factor[1:])
     continued = past is not None
     t, h, w = factor
@@ -108,16 +106,48 @@ def _run(
     stride: Triple,
     origin: Triple,
 ) -> None:
-    """y(o) = sum over taps k of weight(k) x(o * stride + k - origin); y may have any strides."""
+    """y(o) = sum over taps k of weight(k) x(o * stride + k - origin); y may have any strides.
+
+    At the beginning of a clip some taps in time read the same frame, the first. They are added up:
+    a third of the multiplications for the first frame, two thirds for the second.
+    """
+    x = _channels_last(x)
+    lead, *sides = origin
+    if past is not None and past.shape[2]:
+        _convolve(x, _channels_last(past), weight, bias, residual, y, stride, origin)
+        return
+    begun = 0
+    while begun < y.shape[2] and begun * stride[0] < lead:
+        alike = min(lead - begun * stride[0] + 1, weight.shape[2])
+        first = weight[:, :, :alike].sum(2, keepdim=True)
+        merged = torch.cat((first, weight[:, :, alike:]), dim=2)
+        frame = slice(begun, begun + 1)
+        rest = None if residual is None else residual[:, :, frame]
+        _convolve(x, None, merged, bias, rest, y[:, :, frame], stride, (0, *sides))
+        begun += 1
+    rest = None if residual is None else residual[:, :, begun:]
+    origin = (lead - begun * stride[0], *sides)
+    _convolve(x, None, weight, bias, rest, y[:, :, begun:], stride, origin)
+
+
+def _convolve(
+    x: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    stride: tuple[int, ...],
+    origin: tuple[int, ...],
+) -> None:
     if not y.numel():
         return
     channels, kernel = weight.shape[1], tuple(weight.shape[2:])
     threads = torch.get_num_threads()
     packed = torch.empty(_C.causal_conv3d_packed_size_cpu(y.shape[1], channels, kernel))
     _C.causal_conv3d_pack_cpu(weight, packed, threads)
-    past = None if past is None or not past.shape[2] else _channels_last(past)
     _C.causal_conv3d_forward_cpu(
-        _channels_last(x), past, packed, bias, residual, y, kernel, stride, origin, threads
+        x, past, packed, bias, residual, y, kernel, stride, origin, threads
     )
 
 
