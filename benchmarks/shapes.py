@@ -41,3 +41,20 @@ IMAGE_256P = tokens("256p-image", 1, 256, 256)
 NANO = tokens("nano", 17, 96, 96, text=32)
 NANO_HIDDEN_SIZE, NANO_NUM_HEADS, NANO_HEAD_DIM = 192, 3, 64
 NANO_ROPE_DIMS = (16, 24, 24)
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Feature maps of the VAE (B, C, T, H, W) and the groups of their norms."""
+
+    name: str
+    shape: tuple[int, int, int, int, int]
+    groups: int = 32
+
+
+# In the decoder of a clip of 17 x 256 x 256: the finest level, and the middle.
+MAPS_FINE = Maps("256p-17f-fine", (1, 128, 17, 256, 256))
+MAPS_WIDE = Maps("256p-17f-middle", (1, 512, 5, 32, 32))
+# The finest level of the embedded miniature.
+MAPS_NANO = Maps("nano-fine", (1, 16, 17, 96, 96), groups=4)
+MAPS_QUICK = Maps("quick-maps", (1, 64, 3, 32, 32))

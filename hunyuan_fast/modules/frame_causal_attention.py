@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hunyuan_fast.modules.group_norm import GroupNorm
+
 
 def frame_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_frame: int) -> Tensor:
     """Attention where a token sees every token of its own frame and of earlier frames.
@@ -37,7 +39,7 @@ class FrameCausalAttention(nn.Module):
 
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
+        self.group_norm = GroupNorm(num_groups, channels)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -46,8 +48,7 @@ class FrameCausalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, _, height, width = x.shape
-        # contiguous: torch adds up channels-last values less exactly (see group_norm.py)
-        tokens = self.group_norm(x.contiguous()).flatten(2).transpose(1, 2)
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)
         heads = (batch, -1, 1, channels)
         out = frame_causal_attention(
             self.to_q(tokens).view(heads),

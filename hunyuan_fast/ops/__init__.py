@@ -7,6 +7,11 @@ from hunyuan_fast.ops.fused_modulation import (
     layer_norm_modulate,
 )
 from hunyuan_fast.ops.gelu_tanh import concat_gelu_tanh, gelu_tanh
+from hunyuan_fast.ops.group_norm_silu import (
+    group_norm_silu,
+    group_norm_stats,
+    merge_group_norm_stats,
+)
 from hunyuan_fast.ops.qk_norm_rope import qk_norm_rope
 from hunyuan_fast.ops.rope3d_attention import apply_rope3d, attention, rope3d_attention
 
@@ -18,7 +23,10 @@ __all__ = [
     "gate_residual",
     "gate_residual_layer_norm_modulate",
     "gelu_tanh",
+    "group_norm_silu",
+    "group_norm_stats",
     "layer_norm_modulate",
+    "merge_group_norm_stats",
     "qk_norm_rope",
     "rope3d_attention",
     "upsample_causal_conv3d",

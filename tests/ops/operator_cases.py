@@ -14,6 +14,7 @@ BATCH, LENGTH, WIDTH, HEADS, HEAD_DIM = 2, 5, 16, 2, 8
 INDEX = torch.tensor([[0, 1, 1, 0, 2], [2, 2, 0, 1, 1]])
 ROWS, VECTOR, VECTORS = (BATCH, LENGTH, WIDTH), (BATCH, WIDTH), (BATCH, 3, WIDTH)
 PACKED, WEIGHT = (BATCH, LENGTH, 3 * HEADS * HEAD_DIM), (HEAD_DIM,)
+MAPS, CHANNELS, GROUPS = (BATCH, 6, 3, 2, 4), (6,), 3
 HEADED = (BATCH, LENGTH, HEADS, HEAD_DIM)
 ANGLES = torch.arange(LENGTH * HEAD_DIM / 2).view(LENGTH, -1).repeat_interleave(2, -1)
 
@@ -22,6 +23,10 @@ def _heads(qkv, q_weight, k_weight, *text):
     named = dict(zip(("text_qkv", "text_q_weight", "text_k_weight"), text, strict=False))
     tables = ANGLES.cos().to(qkv.device), ANGLES.sin().to(qkv.device)
     return ops.qk_norm_rope(qkv, q_weight, k_weight, *tables, num_heads=HEADS, **named)
+
+
+def _group_norm(x, weight, bias):
+    return ops.group_norm_silu(x, GROUPS, weight, bias)
 
 
 def _prefixes(q, k, v):
@@ -47,6 +52,7 @@ CASES: dict[str, tuple[Callable[..., Tensor | Results], tuple[tuple[int, ...], .
     ),
     "gelu_tanh": (ops.gelu_tanh, (ROWS,), "gelu_tanh"),
     "concat_gelu_tanh": (ops.concat_gelu_tanh, (VECTORS, ROWS[:1] + (3,) + ROWS[2:]), "gelu_tanh"),
+    "group_norm_silu": (_group_norm, (MAPS, CHANNELS, CHANNELS), "group_norm_silu"),
     "qk_norm_rope one stream": (_heads, (PACKED, WEIGHT, WEIGHT), "qk_norm_rope"),
     "qk_norm_rope two streams": (_heads, (PACKED, WEIGHT, WEIGHT) * 2, "qk_norm_rope"),
     "attention": (ops.attention, (HEADED,) * 3, "attention"),
