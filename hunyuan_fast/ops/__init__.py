@@ -1,5 +1,6 @@
 """The public functions over tensors: checked, differentiable, fit for ``torch.compile``."""
 
+from hunyuan_fast.ops.frame_causal_attention import frame_causal_attention
 from hunyuan_fast.ops.fused_modulation import (
     gate_residual,
     gate_residual_layer_norm_modulate,
@@ -13,6 +14,7 @@ __all__ = [
     "apply_rope3d",
     "attention",
     "concat_gelu_tanh",
+    "frame_causal_attention",
     "gate_residual",
     "gate_residual_layer_norm_modulate",
     "gelu_tanh",
