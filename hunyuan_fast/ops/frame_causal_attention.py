@@ -30,9 +30,9 @@ def frame_causal_attention(
     """
     _check_tensors(q, k, v)
     _check_frames(q, k, tokens_per_frame)
-    out: Tensor = _forward(
-        q, k, v, tokens_per_frame, q.shape[-1] ** -0.5 if scale is None else scale
-    )[0]
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    out, _ = _forward(q, k, v, tokens_per_frame, scale)
     return out
 
 
@@ -40,11 +40,10 @@ def _forward_kernel(
     q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     args = q, k, v, tokens_per_frame, scale
-    result: tuple[Tensor, Tensor] = select(_ROOM, *args).forward(*args)
-    return result
+    return select(_ROOM, *args).forward(*args)
 
 
-def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, queries, num_heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty((batch, num_heads, queries), dtype=dtype)
@@ -67,8 +66,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None
 def _backward_kernel(
     dout: Tensor, out: Tensor, lse: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = select(_ROOM, *args).backward(dout, out, lse, *args)
-    return result
+    return select(_ROOM, *args).backward(dout, out, lse, *args)
 
 
 def _fake_backward(

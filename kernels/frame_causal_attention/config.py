@@ -12,9 +12,13 @@ MAX_HEAD_DIM = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What a program holds at a time: ``queries`` and ``keys`` of ``block`` lanes per head."""
+    """What a program holds at a time: ``queries`` and ``keys`` of ``block`` lanes per head.
+
+    values: how many features of the outputs it makes.
+    """
 
     block: int
+    values: int
     queries: int
     keys: int
     num_warps: int
@@ -24,15 +28,21 @@ class Tile:
 def forward_tile(head_dim: int, tokens_per_frame: int) -> Tile:
     """A block of queries of one frame, which goes through its keys.
 
-    At 512 features 64 queries take 64 KB, 32 keys and their values as much; the sums take 128
-    registers of each of 256 threads.
+    Heads of 512 features are split: two programs make the scores, half as much work again, and one
+    half of the outputs each. Sums for all 512 features would leave room for 32 queries only, too
+    few for the matrix instructions of sm_90, and twice the traffic of keys and values.
     """
     block = _block(head_dim)
     queries = _rows(tokens_per_frame, 64)
-    if block > 256:
-        return Tile(block=block, queries=queries, keys=32, num_warps=8, num_stages=1)
-    keys = 32 if block > 128 else 64
-    return Tile(block=block, queries=queries, keys=keys, num_warps=4, num_stages=2)
+    many = block > 128
+    return Tile(
+        block=block,
+        values=min(block, 256),
+        queries=queries,
+        keys=32,
+        num_warps=8 if many else 4,
+        num_stages=1 if many else 2,
+    )
 
 
 def query_gradient_tile(head_dim: int, tokens_per_frame: int) -> Tile:
@@ -40,9 +50,9 @@ def query_gradient_tile(head_dim: int, tokens_per_frame: int) -> Tile:
     block = _block(head_dim)
     if block > 256:
         queries = _rows(tokens_per_frame, 32)
-        return Tile(block=block, queries=queries, keys=32, num_warps=8, num_stages=1)
+        return Tile(block=block, values=block, queries=queries, keys=32, num_warps=8, num_stages=1)
     queries = _rows(tokens_per_frame, 32 if block > 128 else 64)
-    return Tile(block=block, queries=queries, keys=32, num_warps=4, num_stages=1)
+    return Tile(block=block, values=block, queries=queries, keys=32, num_warps=4, num_stages=1)
 
 
 def key_gradient_tile(head_dim: int, tokens_per_frame: int) -> Tile:
@@ -50,9 +60,9 @@ def key_gradient_tile(head_dim: int, tokens_per_frame: int) -> Tile:
     block = _block(head_dim)
     if block > 256:
         keys = _rows(tokens_per_frame, 32)
-        return Tile(block=block, queries=32, keys=keys, num_warps=8, num_stages=1)
+        return Tile(block=block, values=block, queries=16, keys=keys, num_warps=8, num_stages=1)
     keys = _rows(tokens_per_frame, 32 if block > 128 else 64)
-    return Tile(block=block, queries=32, keys=keys, num_warps=4, num_stages=1)
+    return Tile(block=block, values=block, queries=32, keys=keys, num_warps=4, num_stages=1)
 
 
 def _block(head_dim: int) -> int:

@@ -71,7 +71,9 @@ def backward(
     dk, dv = (x.new_zeros(x.shape, dtype=accumulate) for x in (k, v))
     for rows, visible in _frames(q, k, tokens_per_frame):
         of_queries = dout[:, rows], out[:, rows], lse[:, :, rows], q[:, rows]
-        dq[:, rows], key_share, value_share = run(*of_queries, k[:, :visible], v[:, :visible], scale)
+        dq[:, rows], key_share, value_share = run(
+            *of_queries, k[:, :visible], v[:, :visible], scale
+        )
         dk[:, :visible] += key_share
         dv[:, :visible] += value_share
     return dq, dk.to(k.dtype), dv.to(v.dtype)

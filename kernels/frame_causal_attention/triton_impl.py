@@ -54,10 +54,11 @@ def forward(
     tile = forward_tile(head_dim, tokens_per_frame)
     programs = queries // tokens_per_frame * triton.cdiv(tokens_per_frame, tile.queries)
     with _device_of(q):
-        forward_kernel[(programs, batch * num_heads)](
+        forward_kernel[(programs, batch * num_heads * triton.cdiv(head_dim, tile.values))](
             *(q, k, v, out, lse),
             *_sizes(q, k, tokens_per_frame, scale),
             *_strides(q, k, v),
+            VALUES=tile.values,
             **_constants(head_dim, tile),
         )
     return out, lse
