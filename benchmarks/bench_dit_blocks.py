@@ -6,12 +6,11 @@ parting in every call.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from benchmarks.kit.case import (
     Work,
     compiled,
 )
-from hunyuan_fast import dispatch
+from benchmarks.kit.contenders import by_name
 from hunyuan_fast.models.dit.blocks import DoubleStreamBlock, SingleStreamBlock
 from hunyuan_fast.models.dit.checkpoint import rules
 from hunyuan_fast.models.dit.config import TransformerConfig
@@ -64,7 +63,7 @@ def cases(device: torch.device, *, quick: bool) -> list[Case]:
         settings = [(small, _QUICK_WIDTH, _QUICK_HEADS, dtype)]
     elif device.type == "cuda":
         clips = [shapes.CLIP_256P_65, shapes.CLIP_720P_129]
-        if _by_name(device):
+        if by_name(device):
             # Until all kernels are verified the reference answers, which is no match for this.
             clips.remove(shapes.CLIP_720P_129)
         settings = [(clip, shapes.HIDDEN_SIZE, shapes.NUM_HEADS, bf16) for clip in clips]
@@ -206,7 +205,7 @@ class _Pair:
 
 
 def _case(pair: _Pair, *, quick: bool) -> Case:
-    by_name = _by_name(pair.device)
+    named = by_name(pair.device)
     return Case(
         name=pair.clip.name,
         function=pair.kind,
@@ -217,11 +216,11 @@ def _case(pair: _Pair, *, quick: bool) -> Case:
         work=work(pair),
         ours=(
             Entrant("hunyuan_fast", pair.ours),
-            *([Entrant("hunyuan_fast by name", pair.ours, by_name)] if by_name else []),
+            *([Entrant("hunyuan_fast by name", pair.ours, named)] if named else []),
             Entrant(
                 "hunyuan_fast compiled",
                 partial(_compiled, pair.ours, quick),
-                by_name or nullcontext,
+                named or nullcontext,
             ),
         ),
         peers=(
@@ -259,21 +258,3 @@ def _compiled(build: Callable[..., Weighted], quick: bool) -> Weighted:
     if quick:
         raise Unavailable("a quick run has no time to compile a block")
     return build(compile_it=True)
-
-
-def _by_name(device: torch.device) -> Callable[[], AbstractContextManager[Any]] | None:
-    """What asks for the best kernel of every op; None where they all answer by themselves."""
-    if device.type != "cuda":
-        return None
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    best = {op: next(iter(dispatch.implementations(op).items())) for op in dispatch.ops()}
-    if all({arch, "*"} & module.VERIFIED_ON for _, module in best.values()):
-        return None
-
-    def context() -> ExitStack:
-        with ExitStack() as stack:
-            for op, (name, _) in best.items():
-                stack.enter_context(dispatch.use(name, op))
-            return stack.pop_all()
-
-    return context

@@ -37,6 +37,30 @@ CLIP_256P_33 = tokens("256p-33f", 33, 256, 256)
 CLIP_128P_13 = tokens("128p-13f", 13, 128, 128, text=64)
 IMAGE_256P = tokens("256p-image", 1, 256, 256)
 
+
+@dataclass(frozen=True)
+class Clip:
+    """Pixels of one clip, and the latents that the autoencoder makes of them."""
+
+    name: str
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of the latents."""
+        return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
+
+
+PIXELS_720P_129 = Clip("720p-129f", 129, 720, 1280)
+PIXELS_480P_65 = Clip("480p-65f", 65, 480, 848)
+PIXELS_256P_17 = Clip("256p-17f", 17, 256, 256)
+PIXELS_512P_IMAGE = Clip("512p-image", 1, 512, 512)
+PIXELS_NANO = Clip("nano", 17, 96, 96)
+# The head of the autoencoder's attention: one, as wide as its middle.
+VAE_HEAD_DIM, NANO_VAE_HEAD_DIM = 512, 64
+
 # The embedded miniature: 96 x 96, 17 frames, short captions, heads of 64 features.
 NANO = tokens("nano", 17, 96, 96, text=32)
 NANO_HIDDEN_SIZE, NANO_NUM_HEADS, NANO_HEAD_DIM = 192, 3, 64

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from benchmarks.kit.pairing import Rounds
+
 FORWARD, TRAINING = "forward", "forward+backward"
 PASSES = (FORWARD, TRAINING)
 
@@ -32,11 +34,13 @@ class Entrant:
 
     build: returns a callable with the arguments of ``Case.call``; may raise ``Unavailable``
     context: entered around every timed stretch, outside of the clock
+    same: the result is that of all others; else its difference is told, and judged by nobody
     """
 
     name: str
     build: Callable[[], Call]
     context: Callable[[], AbstractContextManager[object]] = nullcontext
+    same: bool = True
 
 
 class Peer(Entrant):
@@ -82,10 +86,16 @@ class Case:
     arguments: the same call as ``dispatch.explain`` of ``op`` takes it
     ours: where no op is measured, and there are no ``arguments``: our ways to the result, of which
         the first, which is always available, is what one gets without asking
-    work: the least work of each pass
+    work: the least work of each pass that is measured
+    plain_flops: where the least work leaves something out that is written down: FLOPs with it
     meaningful: maps an output, or its gradient, to the part that everyone must agree on
     cold: inputs come from memory, not from a cache, as between two layers of a large model
     alternating: on a CPU, also measured in turn with an operation of torch
+    rounds: how long to measure, where that is not for the run to say
+    fresh_peaks: on a CPU, the memory of a call is read in processes of their own (``kit.fresh``);
+        for benchmarks of wholes, whose cases another process finds by name
+    conv3d: channels, frames, rows and columns of a 3D convolution of 3 x 3 x 3 taps, which is timed
+        beside the matrix product
     """
 
     name: str
@@ -101,6 +111,10 @@ class Case:
     meaningful: Callable[[Tensor], Tensor] = field(default=whole)
     cold: bool = True
     alternating: bool = False
+    plain_flops: int | None = None
+    rounds: Rounds | None = None
+    fresh_peaks: bool = False
+    conv3d: tuple[int, int, int, int] | None = None
 
     @property
     def dtype_name(self) -> str:

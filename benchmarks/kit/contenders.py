@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from benchmarks.kit.case import Call, Case, Entrant, Unavailable
@@ -21,6 +22,7 @@ class Contender:
 
     answers: it is ours, and what a call gets without asking
     may_fail: it may turn out only when called that it cannot take part
+    same: its result is compared with those of the others
     """
 
     name: str
@@ -29,6 +31,7 @@ class Contender:
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     answers: bool = False
     may_fail: bool = False
+    same: bool = True
 
 
 def contenders(
@@ -51,9 +54,12 @@ def _built(kind: str, entrants: Iterable[Entrant]) -> tuple[list[Contender], dic
     found, declined = [], {}
     for each in entrants:
         try:
-            found.append(Contender(each.name, kind, each.build(), each.context, may_fail=True))
+            call = each.build()
         except Unavailable as reason:
             declined[each.name] = str(reason)
+            continue
+        made = Contender(each.name, kind, call, each.context, may_fail=True, same=each.same)
+        found.append(made)
     return found, declined
 
 
@@ -75,3 +81,21 @@ def _implementations(
         else:
             declined[name] = reason
     return found, declined
+
+
+def by_name(device: torch.device) -> Callable[[], AbstractContextManager[object]] | None:
+    """What asks for the best kernel of every op; None where they all answer by themselves."""
+    if device.type != "cuda":
+        return None
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    best = {op: next(iter(dispatch.implementations(op).items())) for op in dispatch.ops()}
+    if all({arch, "*"} & module.VERIFIED_ON for _, module in best.values()):
+        return None
+
+    def context() -> ExitStack:
+        with ExitStack() as stack:
+            for op, (name, _) in best.items():
+                stack.enter_context(dispatch.use(name, op))
+            return stack.pop_all()
+
+    return context

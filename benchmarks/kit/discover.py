@@ -24,6 +24,10 @@ WHOLES = {
         "tests/models/test_dit_checkpoint.py",
         "tests/models/test_dit_memory.py",
     ),
+    "vae": (
+        "tests/models/test_vae.py",
+        "tests/models/test_vae_checkpoint.py",
+    ),
 }
 
 

@@ -5,6 +5,7 @@ the case. Being contenders like the others, they feel the same neighbours and th
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from benchmarks.kit.case import Case, Work
 from benchmarks.kit.clock import Run
 from benchmarks.kit.pairing import Entry
 
-COPY, MATMUL = "copy", "matmul"
+COPY, MATMUL, CONV3D = "copy", "matmul", "conv3d"
 MEMORY, COMPUTE = "memory", "compute"
 # Large enough for the best rate, small enough for a round.
 _MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
@@ -33,6 +34,8 @@ def floor_probes(case: Case, work: Work, device: torch.device, copies: int) -> d
     probes = {COPY: _copy(work.num_bytes, device, copies)}
     if work.num_flops:
         probes[MATMUL] = _matmul(case.dtype, device)
+    if case.conv3d:
+        probes[CONV3D] = _conv3d(case.conv3d, case.dtype, device)
     for probe in probes.values():
         probe.entry.run()
     return probes
@@ -72,3 +75,14 @@ def _matmul(dtype: torch.dtype, device: torch.device) -> Probe:
     out = torch.empty(n, n, dtype=dtype, device=device)
     run: Run = lambda: torch.mm(a, b, out=out)  # noqa: E731
     return Probe(Entry(run), 2 * n**3)
+
+
+def _conv3d(size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Probe:
+    """Not part of the floor: what the library's convolutions reach, in the layout they like."""
+    channels, *places = size
+    x = torch.randn(1, *size, device=device).to(dtype)
+    weight = torch.randn(channels, channels, 3, 3, 3, device=device).to(dtype)
+    layout = torch.channels_last_3d
+    x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
+    run: Run = lambda: torch.nn.functional.conv3d(x, weight)  # noqa: E731
+    return Probe(Entry(run), 2 * 27 * channels**2 * math.prod(n - 2 for n in places))

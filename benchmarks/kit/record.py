@@ -45,7 +45,10 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One pass of one case. bound: memory or compute, whichever sets the floor."""
+    """One pass of one case. bound: memory or compute, whichever sets the floor.
+
+    plain_flops: of the layers as they are written, where num_flops leaves out what nobody needs
+    """
 
     case: str
     function: str
@@ -61,6 +64,9 @@ class Measurement:
     best_peer: str | None
     timings: list[Timing]
     declined: dict[str, str]
+    # Files from before these were counted lack them.
+    conv3d_tflop_per_s: float | None = None
+    plain_flops: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

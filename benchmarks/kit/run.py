@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from benchmarks.kit import machine
 from benchmarks.kit.alternate import alternate
-from benchmarks.kit.case import PASSES
+from benchmarks.kit.case import PASSES, Case
 from benchmarks.kit.clock import clock_for
 from benchmarks.kit.discover import load
 from benchmarks.kit.measure import Setting, measure
@@ -32,16 +33,16 @@ def run(
     # Helpers that outlive a compilation would pass for neighbours, and may take a core.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     clock = clock_for(device, machine.cache_bytes())
-    setting = Setting(device, clock, QUICK if quick else THOROUGH)
+    setting = Setting(device, clock, QUICK if quick else THOROUGH, quick=quick)
     source = machine.describe_source(op, command)
     neighbours = machine.Neighbours()
     clock.warm_up()
 
     measurements, alternations = [], []
     for case in load(op).cases(device, quick=quick):
-        for what in PASSES:
+        for what in (each for each in PASSES if each in case.work):
             progress(f"{op}: {case.function} {case.name} {case.dtype_name}, {what}")
-            measurements.append(measure(op, case, what, setting))
+            measurements.append(measure(op, case, what, _setting_for(case, setting)))
         if case.alternating and device.type == "cpu":
             alternations += alternate(op, case, setting)
     return Result(
@@ -55,3 +56,7 @@ def run(
         measurements=measurements,
         alternations=alternations,
     )
+
+
+def _setting_for(case: Case, setting: Setting) -> Setting:
+    return setting if case.rounds is None else replace(setting, rounds=case.rounds)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
-from benchmarks.kit.case import FORWARD, Call, Case, Weighted, outputs
+from benchmarks.kit.case import FORWARD, TRAINING, Call, Case, Weighted, outputs
 from benchmarks.kit.clock import Clock
 from benchmarks.kit.contenders import Contender
 
@@ -32,13 +32,20 @@ class Inputs:
         copies = min(max(copies, 1), _MOST_SETS)
         first = case.inputs(generator)
         self.sets = [first, *(_copy(first) for _ in range(copies - 1))]
-        with torch.no_grad():
-            outs = outputs(case.call(*first))
-        # Nobody has to agree on gradients of what is not meaningful, so none come in there.
-        noise = (torch.randn(out.shape, generator=generator, device=device) for out in outs)
-        douts = tuple(case.meaningful(x.to(outs[0].dtype)) for x in noise)
-        self.gradients = [douts, *(tuple(d.clone() for d in douts) for _ in range(copies - 1))]
+        self.gradients: list[tuple[Tensor, ...]] = [()] * copies
+        if TRAINING in case.work:
+            self.gradients = self._draw_gradients(case, copies, generator)
         self.cycle = itertools.cycle(zip(self.sets, self.gradients, strict=True))
+
+    def _draw_gradients(
+        self, case: Case, copies: int, generator: torch.Generator
+    ) -> list[tuple[Tensor, ...]]:
+        with torch.no_grad():
+            outs = outputs(case.call(*self.sets[0]))
+        # Nobody has to agree on gradients of what is not meaningful, so none come in there.
+        noise = (torch.randn(out.shape, generator=generator, device=out.device) for out in outs)
+        douts = tuple(case.meaningful(x.to(outs[0].dtype)) for x in noise)
+        return [douts, *(tuple(d.clone() for d in douts) for _ in range(copies - 1))]
 
 
 class Bound:

@@ -8,7 +8,7 @@ from benchmarks.kit.contenders import OURS
 from benchmarks.kit.discover import ROOT, WHOLES
 from benchmarks.kit.machine import is_shared
 from benchmarks.kit.record import Measurement, Result, Timing, loads
-from benchmarks.kit.table import memory_columns, number, title_of
+from benchmarks.kit.table import memory_columns, number, rates, title_of
 
 PAGE = Path("docs/performance.md")
 _RESULTS = "benchmarks/results"
@@ -67,6 +67,9 @@ def _device_section(results: Mapping[str, Result]) -> str:
         lines.append("")
         if result.op in WHOLES:
             lines += _memory_table(result)
+            told = ((title_of(m), rates(m)) for m in result.measurements)
+            lines += [f"- {title}: {each}." for title, each in told if each]
+            lines.append("")
         for a in result.alternations:
             if a.kind == OURS:
                 lines.append(

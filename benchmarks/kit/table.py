@@ -18,6 +18,8 @@ def show(result: Result, console: Console) -> None:
     )
     for measurement in result.measurements:
         console.print(table_of(measurement))
+        if told := rates(measurement):
+            console.print(f"  {told}", style="dim", soft_wrap=True)
         for name, reason in measurement.declined.items():
             console.print(f"  {name}: {reason}", style="dim", markup=False, soft_wrap=True)
     for a in result.alternations:
@@ -82,6 +84,21 @@ def remarks(result: Result) -> list[str]:
     if result.quick:
         found.append("Quick run: small shapes, few rounds.")
     return found
+
+
+def rates(m: Measurement) -> str | None:
+    """Arithmetic per second of everyone, of a matrix product and of a convolution, in one run."""
+    if m.conv3d_tflop_per_s is None or m.matmul_tflop_per_s is None or m.plain_flops is None:
+        return None
+    reached = (
+        f"{t.name} {number(m.num_flops / t.ms.median / 1e9)} "
+        f"(layers as written {number(m.plain_flops / t.ms.median / 1e9)})"
+        for t in m.timings
+    )
+    return (
+        f"TFLOP/s: {', '.join(reached)}; conv3d {number(m.conv3d_tflop_per_s)}, "
+        f"matmul {number(m.matmul_tflop_per_s)}"
+    )
 
 
 def title_of(m: Measurement) -> str:

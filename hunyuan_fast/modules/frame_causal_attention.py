@@ -2,33 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hunyuan_fast.modules.group_norm import GroupNorm
-
-
-def frame_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_frame: int) -> Tensor:
-    """Attention where a token sees every token of its own frame and of earlier frames.
-
-    q, k, v (B, L, N, D), L a multiple of tokens_per_frame, frame by frame. Returns (B, L, N, D).
-    Each frame's queries meet exactly the keys they may see, so no mask is ever built and
-    memory grows linearly with L wherever torch has a fused attention kernel.
-    """
-    tokens = q.shape[1]
-    if tokens_per_frame <= 0 or tokens % tokens_per_frame:
-        raise ValueError(
-            f"q must hold whole frames of tokens_per_frame = {tokens_per_frame}, got {tokens}"
-        )
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    frames = [
-        F.scaled_dot_product_attention(
-            q[:, :, end - tokens_per_frame : end], k[:, :, :end], v[:, :, :end]
-        )
-        for end in range(tokens_per_frame, tokens + 1, tokens_per_frame)
-    ]
-    return torch.cat(frames, dim=2).transpose(1, 2)
+from hunyuan_fast.ops import frame_causal_attention
 
 
 class FrameCausalAttention(nn.Module):

@@ -30,8 +30,10 @@ def test_cases_are_told_apart_and_name_their_work(op, quick):
     keys = [(c.function, c.name, c.dtype) for c in cases]
     assert cases and len(set(keys)) == len(keys)
     for case in cases:
-        assert set(case.work) == set(PASSES)
-        assert 0 < case.work[FORWARD].num_bytes < case.work[TRAINING].num_bytes
+        assert FORWARD in case.work and set(case.work) <= set(PASSES)
+        assert case.work[FORWARD].num_bytes > 0
+        if op != "vae":  # its calls are those of inference
+            assert case.work[FORWARD].num_bytes < case.work[TRAINING].num_bytes
         if op in dispatch.ops():
             assert any(peer.name == "eager" or peer.name.startswith("sdpa") for peer in case.peers)
         assert len({peer.name for peer in case.peers}) == len(case.peers)

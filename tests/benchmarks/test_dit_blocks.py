@@ -126,7 +126,7 @@ def test_kept_memory_leaves_the_weights_out(pair):
 
 
 def test_kernels_are_asked_for_by_name_until_all_are_verified(monkeypatch):
-    assert blocks._by_name(CPU) is None
+    assert blocks.by_name(CPU) is None
     kernel = SimpleNamespace(VERIFIED_ON=frozenset(), supports=lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "implementations", lambda op: {"reference": kernel})
@@ -134,14 +134,14 @@ def test_kernels_are_asked_for_by_name_until_all_are_verified(monkeypatch):
     def clips():
         return {case.name for case in blocks.cases(torch.device("cuda"), quick=False)}
 
-    context = blocks._by_name(torch.device("cuda"))
+    context = blocks.by_name(torch.device("cuda"))
     x = torch.ones(2)
     with context():
         assert dispatch.select("gelu_tanh", x) is kernel
     assert dispatch.select("gelu_tanh", x) is not kernel
     assert clips() == {shapes.CLIP_256P_65.name}
     kernel.VERIFIED_ON = frozenset({"sm_90"})
-    assert blocks._by_name(torch.device("cuda")) is None
+    assert blocks.by_name(torch.device("cuda")) is None
     assert clips() == {shapes.CLIP_256P_65.name, shapes.CLIP_720P_129.name}
 
 

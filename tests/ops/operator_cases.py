@@ -34,6 +34,10 @@ def _prefixes(q, k, v):
     return ops.attention(q, k, v, kv_len=kv_len, return_lse=True)
 
 
+def _frames(q, k, v):
+    return ops.frame_causal_attention(q, k, v, tokens_per_frame=1)
+
+
 def _indexed(x, y, gate, shift, scale):
     index = INDEX.to(x.device)
     return ops.gate_residual_layer_norm_modulate(x, y, gate, shift, scale, index=index)
@@ -57,6 +61,7 @@ CASES: dict[str, tuple[Callable[..., Tensor | Results], tuple[tuple[int, ...], .
     "qk_norm_rope two streams": (_heads, (PACKED, WEIGHT, WEIGHT) * 2, "qk_norm_rope"),
     "attention": (ops.attention, (HEADED,) * 3, "attention"),
     "attention prefixes": (_prefixes, (HEADED,) * 3, "attention"),
+    "frame_causal_attention": (_frames, (HEADED,) * 3, "frame_causal_attention"),
 }
 each_case = pytest.mark.parametrize("case", CASES)
 

@@ -1,0 +1,210 @@
+"""The whole autoencoder against that of diffusers, with the same random weights.
+
+On the CPU both take a clip at a time, without tiles. On a GPU diffusers cuts it into its own
+default tiles, which is what its users get to see there; pixels then differ, because norms and
+borders see a tile, so the difference is shown and judged by nobody.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property, partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import shapes
+from benchmarks.kit.case import FORWARD, Call, Case, Entrant, Peer, Unavailable, Work
+from benchmarks.kit.contenders import by_name
+from benchmarks.kit.pairing import Rounds
+from benchmarks.vae_flops import decode_flops, encode_flops
+from hunyuan_fast.models import HunyuanVideoVAE
+from hunyuan_fast.models.vae.checkpoint import config_to_diffusers, rules
+from hunyuan_fast.models.vae.config import VAEConfig
+
+DECODE, ENCODE = "decode", "encode"
+_REAL = VAEConfig()
+# The autoencoder of the embedded miniature.
+_NANO = VAEConfig(
+    latent_channels=8, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4
+)
+_QUICK = VAEConfig(
+    latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
+)
+# A call takes ten seconds or more: three rounds, and patience with whoever takes longer.
+_FEW = Rounds(budget=180.0, least=3, most=3)
+# Channels, frames, rows and columns of the convolution that shows what the machine can do.
+_PROBE, _QUICK_PROBE = (256, 9, 66, 66), (16, 4, 18, 18)
+
+
+def cases(device: torch.device, *, quick: bool) -> list[Case]:
+    """The real architecture and the miniature's; a tiny network when ``quick``."""
+    fp32, bf16 = torch.float32, torch.bfloat16
+    both = (DECODE, ENCODE)
+    if quick:
+        clip = shapes.Clip("quick", 5, 32, 32)
+        return [
+            _case(function, clip, _network(_QUICK, fp32, device), probe=_QUICK_PROBE)
+            for function in both
+        ]
+    if device.type == "cuda":
+        real = _network(_REAL, bf16, device)
+        clips = (shapes.PIXELS_480P_65, shapes.PIXELS_720P_129)
+        return [
+            _case(function, clip, real, tiled=True, rounds=_FEW)
+            for clip in clips
+            for function in both
+        ]
+    real, nano = (_network(config, fp32, device) for config in (_REAL, _NANO))
+    return [
+        _case(DECODE, shapes.PIXELS_256P_17, real, rounds=_FEW, fresh_peaks=True),
+        _case(ENCODE, shapes.PIXELS_256P_17, real, rounds=_FEW, fresh_peaks=True),
+        _case(DECODE, shapes.PIXELS_512P_IMAGE, real, rounds=_FEW, fresh_peaks=True),
+        *(_case(function, shapes.PIXELS_NANO, nano, fresh_peaks=True) for function in both),
+    ]
+
+
+@cache
+def _network(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> "_Network":
+    return _Network(config, dtype, device)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """Our autoencoder and that of diffusers, which share the memory of their weights."""
+
+    config: VAEConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    @cached_property
+    def native(self) -> HunyuanVideoVAE:
+        """Ours with random weights, none of them so small that a mistake would hide."""
+        vae = self.empty().to_empty(device=self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in vae.named_parameters():
+                center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                spread = 0.2 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
+                parameter.normal_(center, spread, generator=generator)
+        return vae.eval()
+
+    def empty(self) -> HunyuanVideoVAE:
+        """Ours without memory for its weights."""
+        with torch.device("meta"):
+            return HunyuanVideoVAE(**asdict(self.config)).to(self.dtype)
+
+    @cached_property
+    def twin(self) -> Any:
+        """The class of diffusers; its weights are ours, by the rules that read its checkpoints."""
+        if find_spec("diffusers") is None:
+            raise Unavailable("diffusers is not installed")
+        settings = config_to_diffusers(self.config)
+        with torch.device("meta"):
+            twin = getattr(import_module("diffusers"), settings.pop("_class_name"))(**settings)
+        weights = dict(self.native.named_parameters())
+        state = {
+            name: rows
+            for rule in rules(self.config)
+            for name, rows in rule.views(weights[rule.native].detach())
+        }
+        twin.load_state_dict(state, assign=True)
+        return twin.eval()
+
+    def ours(self, function: str) -> Call:
+        """Our way: the clip, or mean and logarithm of the variance of its latents."""
+        vae = self.native
+        if function == DECODE:
+            return vae.decode
+
+        def encode(video: Tensor) -> tuple[Tensor, Tensor]:
+            posterior = vae.encode(video)
+            return posterior.mean, posterior.logvar
+
+        return encode
+
+    def theirs(self, function: str, *, tiled: bool) -> Call:
+        """The way of diffusers, in tiles of its own choice or whole."""
+        twin = self.twin
+
+        def decode(z: Tensor) -> Tensor:
+            self.tile(tiled)
+            result: Tensor = twin.decode(z).sample
+            return result
+
+        def encode(video: Tensor) -> tuple[Tensor, Tensor]:
+            self.tile(tiled)
+            posterior = twin.encode(video).latent_dist
+            return posterior.mean, posterior.logvar
+
+        return decode if function == DECODE else encode
+
+    def tile(self, tiled: bool) -> None:
+        """Both kinds of call share the one twin."""
+        twin = self.twin
+        twin.use_tiling = twin.use_framewise_encoding = twin.use_framewise_decoding = tiled
+
+    def inputs(
+        self, function: str, clip: shapes.Clip, generator: torch.Generator
+    ) -> tuple[Tensor, ...]:
+        """Latents as diffusion has them, or a clip of noise in [-1, 1]."""
+        options: dict[str, Any] = {"generator": generator, "device": generator.device}
+        if function == DECODE:
+            z = torch.randn(1, self.config.latent_channels, *clip.latent, **options)
+            return (z.to(self.dtype),)
+        size = clip.frames, clip.height, clip.width
+        return ((2 * torch.rand(1, self.config.in_channels, *size, **options) - 1).to(self.dtype),)
+
+
+def _case(
+    function: str,
+    clip: shapes.Clip,
+    network: _Network,
+    *,
+    tiled: bool = False,
+    rounds: Rounds | None = None,
+    fresh_peaks: bool = False,
+    probe: tuple[int, int, int, int] = _PROBE,
+) -> Case:
+    context = by_name(network.device)
+    build: Callable[[], Call] = partial(network.ours, function)
+    peer = "diffusers tiled" if tiled else "diffusers"
+    work, plain = work_of(function, clip, network)
+    return Case(
+        name=clip.name,
+        function=function,
+        dtype=network.dtype,
+        shape={"B": 1, "T": clip.frames, "H": clip.height, "W": clip.width},
+        inputs=partial(network.inputs, function, clip),
+        call=lambda *tensors: network.ours(function)(*tensors),
+        work={FORWARD: work},
+        plain_flops=plain,
+        ours=(
+            Entrant("hunyuan_fast", build),
+            *([Entrant("hunyuan_fast by name", build, context)] if context else []),
+        ),
+        peers=(Peer(peer, partial(network.theirs, function, tiled=tiled), same=not tiled),),
+        cold=False,  # what a call reads and writes is many times a cache
+        rounds=rounds,
+        fresh_peaks=fresh_peaks,
+        conv3d=probe,
+    )
+
+
+def work_of(function: str, clip: shapes.Clip, network: _Network) -> tuple[Work, int]:
+    """The least work of a pass, and the FLOPs of the layers as they are written.
+
+    Bytes: the weights of the half that works, the clip and its latents, the latter twice encoded.
+    """
+    config, latents = network.config, network.config.latent_channels
+    pixels = clip.frames, clip.height, clip.width
+    t, h, w = clip.latent
+    if function == DECODE:
+        flops, half = decode_flops(config, clip.latent), "decoder"
+    else:
+        flops, half, latents = encode_flops(config, pixels), "encoder", 2 * latents
+    weights = sum(p.numel() for p in getattr(network.empty(), half).parameters())
+    values = clip.frames * clip.height * clip.width * config.in_channels + t * h * w * latents
+    return Work((weights + values) * network.dtype.itemsize, flops.least), flops.plain

@@ -1,0 +1,161 @@
+"""The benchmark of the autoencoder: the same weights, the same result, work and memory counted."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import __main__ as command
+from benchmarks import bench_vae, shapes, vae_flops
+from benchmarks.kit import chart, fresh, record, run
+from benchmarks.kit.case import FORWARD, Peer
+from benchmarks.kit.clock import HostClock
+from benchmarks.kit.measure import Setting, measure
+from benchmarks.kit.pairing import Rounds
+from benchmarks.kit.table import rates
+from hunyuan_fast.models.vae.config import VAEConfig
+from tests.benchmarks.fakes import measurement
+
+CPU = torch.device("cpu")
+FUNCTIONS = (bench_vae.DECODE, bench_vae.ENCODE)
+TWO_ROUNDS = Rounds(budget=1e3, least=2, most=2)
+
+
+def quick_cases():
+    return {case.function: case for case in bench_vae.cases(CPU, quick=True)}
+
+
+def measured(case):
+    setting = Setting(CPU, HostClock(min_sample_seconds=0.0), TWO_ROUNDS, quick=True)
+    return measure("vae", case, FORWARD, setting)
+
+
+def test_a_quick_run_compares_both_ways_with_diffusers(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(record, "SCRATCH", tmp_path)
+    monkeypatch.setattr(run, "QUICK", TWO_ROUNDS)
+    monkeypatch.setattr(chart, "can_draw", lambda: False)
+    assert command.main(["vae", "--quick", "--skip-test", "--device", "cpu"]) == 0
+    (path,) = tmp_path.glob("*/vae.json")
+    kept = record.load(path)
+    assert [(m.function, m.what) for m in kept.measurements] == [
+        (function, FORWARD) for function in FUNCTIONS
+    ]
+    for m in kept.measurements:
+        ours, theirs = m.timings
+        assert (ours.name, theirs.name) == ("hunyuan_fast", "diffusers") and ours.answers
+        assert theirs.difference < 1e-5
+        assert 0 < m.num_flops < m.plain_flops
+        assert m.conv3d_tflop_per_s > 0 and m.matmul_tflop_per_s > 0
+    assert "layers as written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_another_weight_is_seen_unless_tiles_excuse_it(function, monkeypatch):
+    pytest.importorskip("diffusers")
+    case = quick_cases()[function]
+    network = bench_vae._Network(bench_vae._QUICK, torch.float32, CPU)
+    half = network.twin.decoder if function == bench_vae.DECODE else network.twin.encoder
+    half.conv_out.conv.weight.data = 2 * half.conv_out.conv.weight
+    for same, told in ((True, {"diffusers"}), (False, set())):
+        wrong = Peer("diffusers", lambda: network.theirs(function, tiled=False), same=same)
+        changed = replace(case, peers=(wrong,))
+        found = measured(changed)
+        assert found.declined.keys() == told
+        assert same or found.timings[1].difference > 1e-2
+
+
+def test_both_hold_the_same_memory():
+    pytest.importorskip("diffusers")
+    network = bench_vae._Network(bench_vae._QUICK, torch.float32, CPU)
+    ours, theirs = (
+        {p.data_ptr() for p in vae.parameters()} for vae in (network.native, network.twin)
+    )
+    assert ours == theirs
+
+
+def test_on_a_gpu_diffusers_keeps_its_own_tiles():
+    pytest.importorskip("diffusers")
+    network = bench_vae._Network(bench_vae._QUICK, torch.float32, CPU)
+    clip = shapes.Clip("long", 21, 16, 16)
+    case = bench_vae._case(bench_vae.DECODE, clip, network, tiled=True)
+    (peer,) = case.peers
+    assert peer.name == "diffusers tiled" and not peer.same
+    (z,) = case.inputs(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tiled, whole = peer.build()(z), network.theirs(bench_vae.DECODE, tiled=False)(z)
+    assert tiled.shape == whole.shape and not torch.allclose(tiled, whole)
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+@pytest.mark.parametrize("attention", [True, False])
+def test_diffusers_does_as_many_flops_as_the_plain_count(frames, attention):
+    pytest.importorskip("diffusers")
+    config = VAEConfig(
+        latent_channels=4,
+        block_out_channels=(8, 16, 16, 24),
+        layers_per_block=1,
+        norm_num_groups=4,
+        mid_block_add_attention=attention,
+    )
+    network = bench_vae._Network(config, torch.float32, CPU)
+    clip = shapes.Clip("small", frames, 32, 48)
+    counts = {
+        bench_vae.DECODE: vae_flops.decode_flops(config, clip.latent),
+        bench_vae.ENCODE: vae_flops.encode_flops(config, (frames, 32, 48)),
+    }
+    for function, counted in counts.items():
+        inputs = network.inputs(function, clip, torch.Generator().manual_seed(0))
+        call = network.theirs(function, tiled=False)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call(*inputs)
+        missing = 0
+        if attention and counter.get_total_flops() < counted.plain:
+            # On a CPU the counter does not know torch's flash kernel.
+            missing = 4 * config.block_out_channels[-1] * vae_flops.volume(clip.latent) ** 2
+        assert counter.get_total_flops() + missing == counted.plain
+
+
+def test_the_least_count_is_that_of_the_phases():
+    assert vae_flops.phase_taps((2, 2, 2), 5) == 8
+    assert vae_flops.phase_taps((1, 2, 2), 5) == 12
+    assert vae_flops.phase_taps((2, 2, 2), 1) == vae_flops.phase_taps((1, 2, 2), 1) == 4
+    flops = vae_flops.Flops()
+    assert flops.upsample(2, (3, 4, 5), (2, 2, 2)) == (5, 8, 10)
+    assert flops.least * 27 == flops.plain * 8
+    real = vae_flops.decode_flops(VAEConfig(), (5, 32, 32))
+    assert real.least / real.plain == pytest.approx(0.78, abs=0.01)
+    image = vae_flops.decode_flops(VAEConfig(), (1, 64, 64))
+    assert image.least < 0.34 * image.plain
+
+
+def test_the_peak_of_a_call_is_its_own():
+    case = quick_cases()[bench_vae.DECODE]
+    if fresh.peak_bytes("vae", case, "hunyuan_fast", quick=True, seed=0) is None:
+        pytest.skip("the system does not tell")
+    size = 64 * 2**20
+    held = []
+    grown = fresh.growth(lambda: held.append(torch.ones(size // 4)))
+    assert size <= grown < 1.5 * size
+    with pytest.raises(RuntimeError, match="the peak of nobody was not read"):
+        fresh.peak_bytes("vae", case, "nobody", quick=True, seed=0)
+
+
+def test_rates_are_told_where_a_convolution_was_timed():
+    counted = {"num_flops": 10**9, "plain_flops": 3 * 10**9, "matmul_tflop_per_s": 2.0}
+    assert rates(measurement(**counted)) is None
+    told = rates(measurement(**counted, conv3d_tflop_per_s=1.5))
+    assert "eager 0.250 (layers as written 0.750); conv3d 1.50, matmul 2.00" in told
+
+
+@pytest.mark.gpu
+def test_a_gpu_compares_them_too():
+    pytest.importorskip("diffusers")
+    assert all(peer.name == "diffusers tiled" for peer in _gpu_peers(quick=False))
+    assert all(peer.name == "diffusers" for peer in _gpu_peers(quick=True))
+
+
+def _gpu_peers(*, quick):
+    cases = bench_vae.cases(torch.device("cuda"), quick=quick)
+    return [peer for case in cases for peer in case.peers]
