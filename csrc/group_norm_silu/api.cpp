@@ -71,8 +71,10 @@ void statistics_host(TensorView const& x, TensorView const& stats, int num_threa
     statistics_cpu(x.dtype, p, out, num_threads);
 }
 
+// stats are written first if they are not given.
 void forward_host(TensorView const& x, TensorView const& weight, TensorView const& bias, TensorView const& stats,
-                  double eps, bool silu, TensorView const& y, int num_threads) {
+                  bool given, double eps, bool silu, TensorView const& y, int num_threads) {
+    if (!given) statistics_host(x, stats, num_threads);
     HUNYUAN_CHECK(stats.ndim == 3, "stats must be (3, B, G), got ", stats.shape());
     ForwardParams p;
     p.sizes = sizes_of(x, stats.size[2]);

@@ -78,16 +78,32 @@ Moments merged(int64_t count, Part const& moments) {
     return all;
 }
 
-// The moments of a group in a chunk of `values`, from those of its lanes.
+// The moments of a group in a chunk of `values`, from its lanes: the mean first, as in `merged`.
 Moments moments_of_group(Sizes const& sizes, Sums const& sums, int64_t values, int64_t group) {
-    int64_t const channels = sizes.channels(), rows = std::min(values, sizes.period) / sizes.C;
+    int64_t const lanes = std::min(values, sizes.period), channels = sizes.channels();
     int64_t const periods = values / sizes.period, rest = values % sizes.period;
-    return merged(rows * channels, [&](int64_t i) {
-        int64_t const lane = i / channels * sizes.C + group * channels + i % channels;
-        double const count = double(periods + (lane < rest));
-        double const sum = sums.first[lane], mean = sum / count;
-        return Moments{count, sums.centre[lane] + mean, at_least_zero(sums.second[lane] - sum * mean)};
-    });
+    double const counts[] = {double(periods), double(periods + 1)};
+    double const shares[] = {1.0 / counts[0], 1.0 / counts[1]};  // the first is not met where it is infinite
+    Moments all;
+    all.count = double(values / sizes.G);
+    double total = 0;
+    for (int64_t first = group * channels; first < lanes; first += sizes.C) {
+        double const count = counts[first < rest];
+        for (int64_t lane = first; lane < first + channels; ++lane) {
+            total += count * double(sums.centre[lane]) + double(sums.first[lane]);
+        }
+    }
+    all.mean = total / all.count;
+    for (int64_t first = group * channels; first < lanes; first += sizes.C) {
+        double const count = counts[first < rest], share = shares[first < rest];
+        for (int64_t lane = first; lane < first + channels; ++lane) {
+            double const mean = double(sums.first[lane]) * share;
+            double const distance = double(sums.centre[lane]) + mean - all.mean;
+            double const within = double(sums.second[lane]) - double(sums.first[lane]) * mean;
+            all.squares += at_least_zero(within) + count * distance * distance;
+        }
+    }
+    return all;
 }
 
 // What a group is normalised with.
@@ -233,9 +249,11 @@ void backward_cpu(DType dtype, Norm const& norm, BackwardParams params, float* d
         sizes, num_threads, [&](int64_t chunk, float* room) { return run.gradient_sums(params, chunk, room); },
         [&](int64_t chunk, Sums const& sums) {
             double* const part = partials.data() + chunk * 2 * C;
-            for (int64_t lane = 0; lane < sizes.period; ++lane) {
-                part[lane % C] += double(sums.first[lane]);
-                part[C + lane % C] += double(sums.second[lane]);
+            for (int64_t first = 0; first < sizes.period; first += C) {
+                for (int64_t c = 0; c < C; ++c) {
+                    part[c] += double(sums.first[first + c]);
+                    part[C + c] += double(sums.second[first + c]);
+                }
             }
         });
     std::vector<double> weights(static_cast<size_t>(C)), biases(static_cast<size_t>(C));

@@ -28,8 +28,8 @@ struct Maps {
     int64_t stride_b = 0;
 };
 
-// What the values of a sample meet, a number for each lane of a period. With c = x - centre, whose rounding a large mean
-// cannot spoil, the normalised value times weight plus bias is z = c scale + shift, and the gradient of x is
+// What the values of a sample meet, a number for each lane of a period. With c = x - centre, whose rounding a large
+// mean cannot spoil, the normalised value times weight plus bias is z = c scale + shift, and the gradient of x is
 // dz scale + c slope + level.
 enum Line { kCentre, kScale, kShift, kSlope, kLevel };
 inline constexpr int kLines = 5;

@@ -37,22 +37,23 @@ def forward(
     stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y like x, channels-last, and the statistics of x where none were given."""
-    x_rows = _rows(x)
+    y = torch.empty_like(x, memory_format=torch.channels_last_3d)
+    if not x.numel():
+        return y, statistics(x, num_groups) if stats is None else None
     own = None
     if stats is None:
-        stats = own = statistics(x, num_groups)
-    y = torch.empty_like(x, memory_format=torch.channels_last_3d)
-    if x.numel():
-        _C.group_norm_silu_forward_cpu(
-            x_rows,
-            _vector(weight),
-            _vector(bias),
-            stats.contiguous(),
-            eps,
-            silu,
-            y.movedim(1, -1),
-            torch.get_num_threads(),
-        )
+        own = torch.empty((3, len(x), num_groups), dtype=torch.float64)
+    _C.group_norm_silu_forward_cpu(
+        _rows(x),
+        _vector(weight),
+        _vector(bias),
+        own if stats is None else stats.contiguous(),
+        stats is not None,
+        eps,
+        silu,
+        y.movedim(1, -1),
+        torch.get_num_threads(),
+    )
     return y, own
 
 
