@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from hunyuan_fast.ops import causal_conv3d
@@ -25,5 +26,9 @@ class CausalConv3d(nn.Module):
         self.stride = stride
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return causal_conv3d(x, self.conv.weight, self.conv.bias, stride=self.stride)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """residual: what the result is added to, like it; at inference in the same pass."""
+        fused = None if torch.is_grad_enabled() else residual
+        conv = self.conv
+        y = causal_conv3d(x, conv.weight, conv.bias, stride=self.stride, residual=fused)
+        return y if residual is None or fused is not None else residual + y

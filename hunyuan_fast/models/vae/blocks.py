@@ -29,9 +29,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(self.norm1(x))
-        hidden = self.conv2(self.norm2(hidden))
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return shortcut + hidden
+        return self.conv2(self.norm2(hidden), shortcut)
 
 
 class MidBlock(nn.Module):
