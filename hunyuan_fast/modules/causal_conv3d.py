@@ -17,17 +17,23 @@ def causal_conv3d(
     bias: Tensor | None = None,
     *,
     stride: tuple[int, int, int] = (1, 1, 1),
+    past: Tensor | None = None,
 ) -> Tensor:
     """Convolve with edge values repeated in space and the first frame repeated before time zero.
 
-    x (B, C, T, H, W); weight (O, C, K, K, K) with K odd; bias (O,); stride in (t, h, w).
-    Returns (B, O, (T-1)//st + 1, (H-1)//sh + 1, (W-1)//sw + 1) in x.dtype.
+    x (B, C, T, H, W); weight (O, C, K, K, K) with K odd; bias (O,); stride in (t, h, w);
+    past (B, C, P, H, W): frames that stand before x instead of repetitions of its first one,
+    so that x continues a clip.
+    Returns (B, O, T', (H-1)//sh + 1, (W-1)//sw + 1) in x.dtype, T' = (T-1)//st + 1 without past
+    and (P+T-K)//st + 1 with it.
     Source: technical report, section 4.1 (CausalConv3D).
     """
     side = weight.shape[-1] // 2
     if side == 0 and stride == (1, 1, 1):
         # a matrix product over channels-last values
         return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    if past is not None:
+        return conv3d_valid(pad_after(past, x, side), weight, bias, stride=stride)
     if x.shape[2] == 1:
         # every temporal tap sees the one frame there is, so the taps add up
         weight = weight.sum(2, keepdim=True)
@@ -40,6 +46,24 @@ def pad_edges(x: Tensor, space: int, past: int) -> Tensor:
     # autocast on the CPU would pad in fp32 and round again
     with torch.autocast(x.device.type, enabled=False):
         return F.pad(x, (space, space, space, space, past, 0), mode="replicate")
+
+
+def pad_after(past: Tensor, x: Tensor, space: int) -> Tensor:
+    """The frames of past, then those of x, with the edges in space repeated, in one new map."""
+    batch, channels, frames, height, width = x.shape
+    shape = (batch, channels, past.shape[2] + frames, height + 2 * space, width + 2 * space)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    inner = out[:, :, :, space : space + height, space : space + width]
+    inner[:, :, : past.shape[2]] = past
+    inner[:, :, past.shape[2] :] = x
+    for step in range(space):
+        # rows first, then whole columns: the corners come with them
+        out[:, :, :, step] = out[:, :, :, space]
+        out[:, :, :, -1 - step] = out[:, :, :, -1 - space]
+    for step in range(space):
+        out[..., step] = out[..., space]
+        out[..., -1 - step] = out[..., -1 - space]
+    return out
 
 
 def conv3d_valid(

@@ -10,21 +10,29 @@ from torch import Tensor, nn
 def frame_causal_attention(q: Tensor, k: Tensor, v: Tensor, *, tokens_per_frame: int) -> Tensor:
     """Attention where a token sees every token of its own frame and of earlier frames.
 
-    q, k, v (B, L, N, D), L a multiple of tokens_per_frame, frame by frame. Returns (B, L, N, D).
+    q (B, Q, N, D), k, v (B, L, N, D), frame by frame, Q and L multiples of tokens_per_frame;
+    with Q < L the queries are those of the last frames. Returns (B, Q, N, D).
     Each frame's queries meet exactly the keys they may see, so no mask is ever built and
     memory grows linearly with L wherever torch has a fused attention kernel.
     """
-    tokens = q.shape[1]
-    if tokens_per_frame <= 0 or tokens % tokens_per_frame:
-        raise ValueError(
-            f"q must hold whole frames of tokens_per_frame = {tokens_per_frame}, got {tokens}"
-        )
+    queries, tokens = q.shape[1], k.shape[1]
+    for name, length in (("q", queries), ("k", tokens)):
+        if tokens_per_frame <= 0 or length % tokens_per_frame:
+            raise ValueError(
+                f"{name} must hold whole frames of tokens_per_frame = {tokens_per_frame}, "
+                f"got {length}"
+            )
+    if queries > tokens:
+        raise ValueError(f"q must not be longer than k, got {queries} and {tokens}")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    earlier = tokens - queries
     frames = [
         F.scaled_dot_product_attention(
-            q[:, :, end - tokens_per_frame : end], k[:, :, :end], v[:, :, :end]
+            q[:, :, end - tokens_per_frame : end],
+            k[:, :, : earlier + end],
+            v[:, :, : earlier + end],
         )
-        for end in range(tokens_per_frame, tokens + 1, tokens_per_frame)
+        for end in range(tokens_per_frame, queries + 1, tokens_per_frame)
     ]
     return torch.cat(frames, dim=2).transpose(1, 2)
 
