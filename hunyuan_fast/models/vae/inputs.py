@@ -63,6 +63,12 @@ def check_budget(model: nn.Module, x: Tensor, *, tiled: bool, offload: bool) -> 
         raise ValueError("offload must be False on the CPU: host memory is all there is")
 
 
+def check_whole(offload: bool) -> None:
+    """Raise ValueError where a call without a budget asks for what belongs to one."""
+    if offload:
+        raise ValueError("offload must be False without a memory_budget, which it serves")
+
+
 def _check_dims(name: str, x: Tensor, channels: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")

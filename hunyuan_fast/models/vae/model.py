@@ -12,7 +12,7 @@ from hunyuan_fast.models.vae.budget import read_bytes
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.decoder import Decoder
 from hunyuan_fast.models.vae.encoder import Encoder
-from hunyuan_fast.models.vae.inputs import check_budget, check_latents, check_video
+from hunyuan_fast.models.vae.inputs import check_budget, check_latents, check_video, check_whole
 from hunyuan_fast.models.vae.plan import Plan, plan_decode, plan_encode
 from hunyuan_fast.models.vae.posterior import DiagonalGaussian
 from hunyuan_fast.models.vae.streaming import Progress, stream
@@ -84,6 +84,7 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
         if memory_budget is not None:
             moments = self._within(plan_encode, video, memory_budget, offload, progress)
             return DiagonalGaussian.from_moments(moments)
+        check_whole(offload)
         video = self._enter(video)
         if self.tiling is None:
             return DiagonalGaussian.from_moments(self._encode_tile(video))
@@ -118,6 +119,7 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
         check_latents(self.config, z)
         if memory_budget is not None:
             return self._within(plan_decode, z, memory_budget, offload, progress)
+        check_whole(offload)
         z = self._enter(z)
         if self.tiling is None:
             return self._decode_tile(z)

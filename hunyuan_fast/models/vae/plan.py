@@ -145,6 +145,18 @@ def plan_encode(
     return _Planner(config, "encode", shape, dtype, offload).plan(budget)
 
 
+def least_budget(
+    half: Half,
+    config: VAEConfig,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    offload: bool = False,
+) -> int:
+    """The least bytes within which `encode` or `decode` can work; arguments as `plan_decode`."""
+    return _Planner(config, half, shape, dtype, offload).least()
+
+
 class _Planner:
     """The choice of stored maps, by dynamic programming over the points between layers."""
 
