@@ -12,7 +12,7 @@ from hunyuan_fast.models.vae.layers import Half, Layer, Size, layers_of, sizes_o
 
 # Blocks of the norms, small tensors, what the convolution library and the allocator keep for
 # themselves.
-LIBRARY = 32 << 20
+LIBRARY = 96 << 20
 # Below this the CPU stacks the taps of a 3D convolution and runs it in 2D.
 _STACKED = 20480
 
@@ -118,7 +118,8 @@ class Ledger:
         padded = (frames + past) * edged
         weights = layer.inputs * layer.outputs * layer.kernel**3 * self.item
         rows = layer.inputs * (frames + past) * (height + 2)
-        stacked = 3 * padded if rows <= _STACKED else 0
+        # the stack of taps, the library's copy of it and of the result, which is in another layout
+        stacked = 6 * padded + result if rows <= _STACKED else 0
         if layer.upsamples:
             # the window of one parity, the sums of taps in fp32, the parities beside the result
             scratch = padded + 2 * result + 5 * max(weights, weights * 4 // self.item)

@@ -7,6 +7,9 @@ whole clip. Those are collected by passes that go as far as the norm and keep no
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -75,7 +78,8 @@ class _Convolution:
             chunk.skip = x
         if self._norm is not None:
             x = _normed(x, self._norm, self._stats)
-        y = self._convolved(x)
+        # a small convolution may come back in another layout
+        y = self._convolved(x).contiguous(memory_format=torch.channels_last_3d)
         del x
         if self._layer.closes:
             skip, chunk.skip = chunk.skip, None
@@ -154,10 +158,12 @@ class _Sample:
             final = segment.stop == len(self._layers)
             for step in segment.passes[:-1]:
                 self._measure(segment, step)
+                _give_back()
             if self._layers[segment.start].attends:
                 self._attend(segment)
             else:
                 self._produce(segment, write if final else None)
+            _give_back()
 
     def _measure(self, segment: Segment, step: Pass) -> None:
         """Statistics of the norm at `step.stop`, from a pass that keeps nothing else."""
@@ -262,6 +268,25 @@ class _Sample:
             self._counter.add(step.flops * (stop - start) / frames)
         self._stats[segment.stop] = merge_group_norm_stats(found)
         self._main = made
+
+
+@functools.cache
+def _trimmer() -> Callable[[int], int] | None:
+    """glibc's `malloc_trim`, where there is one."""
+    if sys.platform != "linux":
+        return None
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None
+    return trim
+
+
+def _give_back() -> None:
+    """Return pages between freed frames to the system; they lie within the allocator's heap."""
+    trim = _trimmer()
+    if trim is not None:
+        trim(0)
 
 
 def _pieces(chunk: _Chunk, length: int) -> list[_Chunk]:
