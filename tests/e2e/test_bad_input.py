@@ -113,6 +113,12 @@ def test_usage(cli: Callable, model: Path, tmp_path: Path, case: str) -> None:
         (["reconstruct", "a.mp4", "--height", "20"], "--height must be a positive multiple of 8"),
         (["reconstruct", "a.mp4", "--width", "-8"], "--width must be a positive multiple of 8"),
         (["reconstruct", "a.mp4", "-o", "b.gif"], "-o must end in .mp4"),
+        (["reconstruct", "a.mp4", "--memory-budget", "lots"], "--memory-budget must be a number"),
+        (["reconstruct", "a.mp4", "--memory-budget", "0GiB"], "--memory-budget must be positive"),
+        (
+            ["reconstruct", "a.mp4", "--memory-budget", "1GiB", "--tiling", "official"],
+            "--tiling must be none with --memory-budget",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -308,6 +314,18 @@ def test_clips(
     assert done.status == (2 if words[:1] == ("--frames",) else 1), done
     assert said in done.error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_that_cannot_work(cli: Callable, model: Path, clips: Path, tmp_path: Path) -> None:
+    """The least one is named, and works."""
+    words = ("reconstruct", clips / "short.mp4", "--model", model, "--memory-budget")
+    done = cli(*words, "5MB")
+    assert done.status == 1
+    assert "--memory-budget must be at least " in done.error and "got 5MiB" in done.error
+    assert not list(tmp_path.iterdir())
+    least = done.error.split("at least ")[1].split()[0]
+    done = cli(*words, least)
+    assert done.status == 0, done.err
 
 
 @pytest.mark.parametrize("name", ["text.mp4", "empty.mp4", "folder.mp4", "missing.mp4"])

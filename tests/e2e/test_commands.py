@@ -182,6 +182,25 @@ def test_reconstruct_in_tiles(cli, model: Path, preset: str) -> None:
     assert not torch.equal(whole_frames, tiled_frames)
 
 
+def test_reconstruct_within_a_budget(cli, model: Path) -> None:
+    """The same pixels as without one, and the plan is told beforehand."""
+    write_video("long.mp4", smooth_clip(17, 64, 96), 24)
+    words = ("reconstruct", "long.mp4", "--model", model)
+    whole = cli(*words, "--tiling", "none", "-o", "whole.mp4")
+    bound = cli(*words, "--memory-budget", "110MiB", "-o", "bound.mp4")
+    assert whole.status == bound.status == 0, bound.err
+    encode, decode = (
+        next(line for line in bound.err.splitlines() if line.startswith(f"{half} 1 x"))
+        for half in ("encode", "decode")
+    )
+    assert "frames at a time" in encode and "times the arithmetic" in decode
+    assert bound.err.index(decode) < bound.err.index("encode ...")
+    # a rounding may turn a byte, and the codec spread it
+    assert psnr(read_video("bound.mp4")[0], read_video("whole.mp4")[0]) > 45
+    metadata = read_metadata("bound.mp4")
+    assert metadata["memory-budget"] == "110MiB" and metadata["tiling"] == "none"
+
+
 def test_reconstruct_takes_a_vae_alone(cli, model: Path, tmp_path: Path) -> None:
     shutil.copytree(model / "vae", "vae-only")
     write_video("clip.mp4", smooth_clip(5), 24)

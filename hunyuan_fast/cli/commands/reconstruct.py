@@ -3,17 +3,18 @@
 The clip is cut to its first 4n + 1 frames and cropped around its centre until height and width are
 multiples of 8. With --height or --width it is scaled first: one of them keeps the aspect ratio,
 both are covered and the rest is cropped. PSNR and SSIM compare what enters the VAE with what
-leaves it, in 8-bit RGB.
+leaves it, in 8-bit RGB. With --memory-budget the whole clip goes through in chunks of frames: the
+same result in less memory and more time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from hunyuan_fast.cli.errors import UsageError
+from hunyuan_fast.cli.errors import CommandError, UsageError
 from hunyuan_fast.cli.outputs import output_paths, tried
 from hunyuan_fast.cli.parsing import OptionalFile, OptionalInt, OptionalText, parse
 from hunyuan_fast.cli.placement import read_place
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from hunyuan_fast.cli.stages import Stages
     from hunyuan_fast.models import HunyuanVideoVAE
+    from hunyuan_fast.models.vae.plan import Plan
 
 # The largest clip that is sent through in one piece: one tile of the official window.
 _TILE_PIXELS, _TILE_FRAMES = 256, 64
@@ -47,6 +49,8 @@ class Options:
     """Width to scale to, a multiple of 8."""
     tiling: Literal["auto", "official", "diffusers", "none"] = "auto"
     """Work in overlapping tiles; auto: official above 256 pixels or 64 frames."""
+    memory_budget: OptionalText = None
+    """Most memory beside the program and the weights, such as 6GiB or 500MB; no tiles then."""
     side_by_side: bool = False
     """Write the clip on the left and its reconstruction on the right."""
     dtype: OptionalText = None
@@ -67,6 +71,7 @@ def run(argv: Sequence[str]) -> None:
         raise UsageError(
             f"--frames must be 4n + 1, got {options.frames}; use {below} or {below + 4}"
         )
+    budget = _read_budget(options)
     for name, side in (("--height", options.height), ("--width", options.width)):
         if side is not None and (side < 8 or side % 8):
             near = max(round(side / 8), 1) * 8
@@ -92,8 +97,11 @@ def run(argv: Sequence[str]) -> None:
             vae = HunyuanVideoVAE.from_pretrained(
                 options.model, subfolder=None, device=device, dtype=dtype
             )
-        tiling = _choose_tiling(vae, options.tiling, clip)
-        result = round_trip(vae, clip, stages)
+        tiling = _choose_tiling(vae, "none" if budget else options.tiling, clip)
+        plans = None if budget is None else plan_round_trip(vae, clip, budget)
+        for plan in plans or ():
+            console(stderr=True).print(plan.summary())
+        result = round_trip(vae, clip, stages, plans)
         with stages.stage("compare"):
             scores = {"psnr": psnr(result, clip), "ssim": ssim(result, clip)}
         shown = torch.cat([clip, result], dim=2) if options.side_by_side else result
@@ -102,6 +110,7 @@ def run(argv: Sequence[str]) -> None:
             source=options.clip.name,
             model=options.model,
             tiling=tiling,
+            **{"memory-budget": options.memory_budget},
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             **scores,
@@ -143,9 +152,66 @@ def _choose_tiling(vae: "HunyuanVideoVAE", choice: str, clip: "Tensor") -> str:
     return choice
 
 
-def round_trip(vae: "HunyuanVideoVAE", clip: "Tensor", stages: "Stages") -> "Tensor":
+def _read_budget(options: Options) -> int | None:
+    """The bytes of --memory-budget."""
+    from hunyuan_fast.models.vae.budget import read_bytes
+
+    if options.memory_budget is None:
+        return None
+    if options.tiling not in ("auto", "none"):
+        raise UsageError(
+            f"--tiling must be none with --memory-budget, which works on the whole clip, got "
+            f"{options.tiling}"
+        )
+    try:
+        return read_bytes(options.memory_budget, "--memory-budget")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def plan_round_trip(vae: "HunyuanVideoVAE", clip: "Tensor", budget: int) -> "tuple[Plan, Plan]":
+    """How to encode and decode frames (T, H, W, 3) within a budget that the frames count towards.
+
+    Raises CommandError naming the least budget that works.
+    """
+    from hunyuan_fast.models.vae.budget import show_bytes
+    from hunyuan_fast.models.vae.plan import least_budget, plan_decode, plan_encode
+
+    config, weight = vae.config, next(vae.parameters())
+    count, height, width, channels = clip.shape
+    space, time = config.spatial_compression_ratio, config.temporal_compression_ratio
+    video = (1, channels, count, height, width)
+    latents = (
+        *(1, config.latent_channels, (count - 1) // time + 1),
+        *(height // space, width // space),
+    )
+    # beside the VAE: the clip in bytes, in host memory, and until it is encoded as numbers
+    frames = clip.numel() if weight.device.type == "cpu" else 0
+    numbers = frames + clip.numel() * weight.dtype.itemsize
+    least = max(
+        numbers + least_budget("encode", config, video, weight.dtype),
+        frames + least_budget("decode", config, latents, weight.dtype),
+    )
+    if budget < least:
+        raise CommandError(
+            f"--memory-budget must be at least {show_bytes(least, up=True)} for this clip, got "
+            f"{show_bytes(budget)}; or ask for fewer --frames or a smaller --height"
+        )
+    return (
+        plan_encode(config, video, weight.dtype, budget - numbers),
+        plan_decode(config, latents, weight.dtype, budget - frames),
+    )
+
+
+def round_trip(
+    vae: "HunyuanVideoVAE",
+    clip: "Tensor",
+    stages: "Stages",
+    plans: "tuple[Plan, Plan] | None" = None,
+) -> "Tensor":
     """Encode and decode frames (T, H, W, 3) uint8 by the posterior's mean; the same shape back.
 
+    plans: how to encode and decode within a budget; None: whole maps, or tiles.
     Raises FloatingPointError when the VAE returns NaN or infinity.
     """
     import torch
@@ -153,14 +219,54 @@ def round_trip(vae: "HunyuanVideoVAE", clip: "Tensor", stages: "Stages") -> "Ten
     weight = next(vae.parameters())
     with torch.no_grad():
         with stages.stage("encode"):
-            video = clip.permute(3, 0, 1, 2)[None].to(weight.device, torch.float32) / 127.5 - 1
-            latents = vae.encode(video.to(weight.dtype)).mode()
+            video = _to_video(clip, weight)
+            if plans is None:
+                latents = vae.encode(video).mode()
+            else:
+                latents = vae.encode(
+                    video, plans[0].budget, progress=_reporter(stages, "encode")
+                ).mode()
+            del video
         with stages.stage("decode"):
-            video = vae.decode(latents)[0].float()
-    if not bool(torch.isfinite(video).all()):
-        raise FloatingPointError(
-            f"the VAE returned NaN or infinity in {weight.dtype}; use --dtype float32, and if "
-            "that does not help check the weights"
-        )
-    pixels = ((video + 1) * 127.5).round().clamp(0, 255)
-    return pixels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
+            if plans is None:
+                video = vae.decode(latents)[0]
+            else:
+                video = vae.decode(latents, plans[1].budget, progress=_reporter(stages, "decode"))[
+                    0
+                ]
+        return _to_frames(video)
+
+
+def _reporter(stages: "Stages", name: str) -> Callable[[float], None]:
+    """Progress of one stage, in thousandths."""
+    return lambda done: stages(name, round(1000 * done), 1000)
+
+
+def _to_video(clip: "Tensor", weight: "Tensor") -> "Tensor":
+    """Frames (T, H, W, 3) uint8 as (1, 3, T, H, W) in [-1, 1], like the weights, channels-last."""
+    import torch
+
+    shape = tuple(clip.shape)
+    video = torch.empty((1, *shape), dtype=weight.dtype, device=weight.device)
+    for numbers, frame in zip(video[0], clip, strict=True):
+        numbers.copy_(frame.to(weight.device, torch.float32) / 127.5 - 1)
+    return video.movedim(-1, 1)
+
+
+def _to_frames(video: "Tensor") -> "Tensor":
+    """Frames (T, H, W, 3) uint8 on the CPU of a video (3, T, H, W) in [-1, 1].
+
+    Frame by frame: a long clip in floating point is four times as large as in bytes.
+    """
+    import torch
+
+    frames = torch.empty((*video.shape[1:], len(video)), dtype=torch.uint8)
+    for frame, numbers in zip(frames, video.unbind(1), strict=True):
+        if not bool(torch.isfinite(numbers).all()):
+            raise FloatingPointError(
+                f"the VAE returned NaN or infinity in {video.dtype}; use --dtype float32, and if "
+                "that does not help check the weights"
+            )
+        pixels = ((numbers.float() + 1) * 127.5).round().clamp(0, 255)
+        frame.copy_(pixels.to(torch.uint8).movedim(0, -1))
+    return frames

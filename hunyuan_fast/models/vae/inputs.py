@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hunyuan_fast.models.vae.config import VAEConfig
 
@@ -27,7 +27,10 @@ def check_video(config: VAEConfig, video: Tensor) -> None:
             "crop or resize it"
         )
     if _can_read(video):
-        low, high = (float(bound) for bound in video.detach().aminmax())
+        # frame by frame: of values that are not contiguous a copy is made
+        bounds = [frame.aminmax() for frame in video.detach().unbind(2)]
+        low = float(torch.stack([bound.min for bound in bounds]).min())
+        high = float(torch.stack([bound.max for bound in bounds]).max())
         limit = 1 + _TOLERANCE
         # written so that NaN fails too
         if not (-limit <= low and high <= limit):
@@ -42,6 +45,28 @@ def check_latents(config: VAEConfig, z: Tensor) -> None:
     _check_dims("z", z, config.latent_channels)
     if _can_read(z) and not z.isfinite().all():
         raise ValueError("z must be finite, got NaN or infinity")
+
+
+def check_budget(model: nn.Module, x: Tensor, *, tiled: bool, offload: bool) -> None:
+    """Raise ValueError unless a memory budget makes sense for this call."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for p in model.parameters())
+    ):
+        raise ValueError(
+            "memory_budget must be None while gradients are recorded; call within torch.no_grad()"
+        )
+    if tiled:
+        raise ValueError(
+            "memory_budget must be None while tiling is enabled; call disable_tiling() first"
+        )
+    if offload and x.device.type == "cpu":
+        raise ValueError("offload must be False on the CPU: host memory is all there is")
+
+
+def check_whole(offload: bool) -> None:
+    """Raise ValueError where a call without a budget asks for what belongs to one."""
+    if offload:
+        raise ValueError("offload must be False without a memory_budget, which it serves")
 
 
 def _check_dims(name: str, x: Tensor, channels: int) -> None:

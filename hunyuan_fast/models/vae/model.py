@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from hunyuan_fast.models.vae.budget import read_bytes
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.decoder import Decoder
 from hunyuan_fast.models.vae.encoder import Encoder
-from hunyuan_fast.models.vae.inputs import check_latents, check_video
+from hunyuan_fast.models.vae.inputs import check_budget, check_latents, check_video, check_whole
+from hunyuan_fast.models.vae.plan import Plan, plan_decode, plan_encode
 from hunyuan_fast.models.vae.posterior import DiagonalGaussian
+from hunyuan_fast.models.vae.streaming import Progress, stream
 from hunyuan_fast.models.vae.tiling import PRESETS, Tiling, latent_window, map_tiles, pixel_window
 from hunyuan_fast.models.weights import Pretrained
 from hunyuan_fast.ops import causal_conv3d
@@ -59,16 +63,28 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
         """Encode and decode whole clips from now on, as at first."""
         self.tiling = None
 
-    def encode(self, video: Tensor) -> DiagonalGaussian:
+    def encode(
+        self,
+        video: Tensor,
+        memory_budget: int | str | None = None,
+        *,
+        offload: bool = False,
+        progress: Progress | None = None,
+    ) -> DiagonalGaussian:
         """The posterior over latents of a clip.
 
         video: (B, in_channels, T, H, W) with values in [-1, 1], T = 4n + 1, H and W multiples of 8
         returns: mean and logvar (B, latent_channels, (T-1)/4 + 1, H/8, W/8) in the dtype of the
             weights, unscaled: diffusion works on samples times `config.scaling_factor`
+        memory_budget, offload, progress: as for `decode`
 
         Raises ValueError for shapes and values that do not fit, TypeError for dtypes.
         """
         check_video(self.config, video)
+        if memory_budget is not None:
+            moments = self._within(plan_encode, video, memory_budget, offload, progress)
+            return DiagonalGaussian.from_moments(moments)
+        check_whole(offload)
         video = self._enter(video)
         if self.tiling is None:
             return DiagonalGaussian.from_moments(self._encode_tile(video))
@@ -77,17 +93,33 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
         time = pixel_window(tiling.frames, tiling.frames_stride, config.temporal_compression_ratio)
         return DiagonalGaussian.from_moments(map_tiles(self._encode_tile, video, space, time))
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(
+        self,
+        z: Tensor,
+        memory_budget: int | str | None = None,
+        *,
+        offload: bool = False,
+        progress: Progress | None = None,
+    ) -> Tensor:
         """The clip of unscaled latents.
 
         z: (B, latent_channels, T, H, W), finite; latents of diffusion divided by
             `config.scaling_factor`
         returns: (B, out_channels, 4(T-1) + 1, 8H, 8W) in the dtype of the weights, about [-1, 1],
             not clamped
+        memory_budget: bytes, or text such as "6GiB", for all that is allocated beyond z and the
+            weights, what is returned included; the values stay those of the whole clip, the time
+            grows as `plan_decode` tells. None: every map whole. Not while gradients are recorded
+        offload: maps between the passes wait in host memory, which the budget does not bound
+        progress: called with the part of the arithmetic that is done; only with a budget
 
-        Raises ValueError for shapes and values that do not fit, TypeError for dtypes.
+        Raises ValueError for shapes and values that do not fit, and naming the least budget for a
+        budget that cannot work; TypeError for dtypes.
         """
         check_latents(self.config, z)
+        if memory_budget is not None:
+            return self._within(plan_decode, z, memory_budget, offload, progress)
+        check_whole(offload)
         z = self._enter(z)
         if self.tiling is None:
             return self._decode_tile(z)
@@ -95,6 +127,21 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
         space = latent_window(tiling.size, tiling.size_stride, config.spatial_compression_ratio)
         time = latent_window(tiling.frames, tiling.frames_stride, config.temporal_compression_ratio)
         return map_tiles(self._decode_tile, z, space, time)
+
+    def _within(
+        self,
+        planned: Callable[..., Plan],
+        x: Tensor,
+        memory_budget: int | str,
+        offload: bool,
+        progress: Progress | None,
+    ) -> Tensor:
+        """The result for x by a plan that keeps to the budget."""
+        check_budget(self, x, tiled=self.tiling is not None, offload=offload)
+        dtype = self.quant_conv.weight.dtype
+        budget = read_bytes(memory_budget)
+        plan = planned(self.config, tuple(x.shape), dtype, budget, offload=offload)
+        return stream(self, plan, x, progress)
 
     def _enter(self, x: Tensor) -> Tensor:
         """x in the dtype of the weights; everything within is channels-last."""
