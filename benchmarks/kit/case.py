@@ -91,9 +91,9 @@ class Case:
     meaningful: maps an output, or its gradient, to the part that everyone must agree on
     cold: inputs come from memory, not from a cache, as between two layers of a large model
     alternating: on a CPU, also measured in turn with an operation of torch
-    rounds: how long to measure, where that is not for the run to say
-    fresh_peaks: on a CPU, the memory of a call is read in processes of their own (``kit.fresh``);
-        for benchmarks of wholes, whose cases another process finds by name
+    rounds: how long to measure where a call takes so long that this is not for the run to say;
+        the first call is then the only one before
+    large: on a CPU, the memory of the first call is read as well; it is large enough to be seen
     conv3d: channels, frames, rows and columns of a 3D convolution of 3 x 3 x 3 taps, which is timed
         beside the matrix product
     """
@@ -113,7 +113,7 @@ class Case:
     alternating: bool = False
     plain_flops: int | None = None
     rounds: Rounds | None = None
-    fresh_peaks: bool = False
+    large: bool = False
     conv3d: tuple[int, int, int, int] | None = None
 
     @property

@@ -1,12 +1,13 @@
 """One pass of a case, from inputs to figures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.kit import fresh
+from benchmarks.kit import resident
 from benchmarks.kit.case import FORWARD, Case, Weighted
 from benchmarks.kit.clock import MIB, Clock
 from benchmarks.kit.contenders import OURS, PEER, REFERENCE, Contender, contenders
@@ -29,15 +30,18 @@ class Setting:
     clock: Clock
     rounds: Rounds
     seed: int = 0
-    quick: bool = False
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What the first calls showed: distance from the reference, seconds of a warm call."""
+    """What the first calls showed: distance from the reference, seconds of a warm call.
+
+    resident_bytes: on a CPU, where it was asked for, the peak of memory during the first one
+    """
 
     difference: float
     seconds: float
+    resident_bytes: int | None = None
 
 
 def measure(op: str, case: Case, what: str, setting: Setting) -> Measurement:
@@ -55,11 +59,15 @@ def measure(op: str, case: Case, what: str, setting: Setting) -> Measurement:
     _leave_out_slow(trials, answering, setting.rounds, declined)
 
     ready = [c for c in found if c.name in trials]
-    peaks = {c.name: _peak_mib(op, case, c, entries[c.name], setting) for c in ready}
+    peaks = {c.name: _peak_mib(entries[c.name], setting.clock, trials[c.name]) for c in ready}
     kept = {c.name: _kept_mib(c, what, runs[c.name]) for c in ready}
     work = case.work[what]
     probes = floor_probes(case, work, setting.device, len(inputs.sets))
     everything = {c.name: entries[c.name] for c in ready}
+    if case.rounds is not None:
+        everything = {
+            name: replace(entry, seconds=trials[name].seconds) for name, entry in everything.items()
+        }
     everything |= {name: probe.entry for name, probe in probes.items()}
     samples = paired_samples(everything, setting.clock, setting.rounds)
     floor, bound = floors(probes, samples.seconds, work)
@@ -181,27 +189,35 @@ def _try_one(
     entry: Entry,
     expected: list[Tensor] | None,
 ) -> tuple[list[Tensor], Trial]:
+    clock = setting.clock
+    found: list[Any] = []
+    seconds: list[float] = []
+
+    def first() -> None:
+        seconds.append(clock.sample(lambda: found.append(entry.run()), 1))
+
+    num_bytes = None
     with entry.context():
-        result = list(entry.run())  # type: ignore[call-overload]
+        if case.large and setting.device.type == "cpu":
+            num_bytes = resident.growth(first)
+        else:
+            first()
+        result = list(found.pop())
         if what == FORWARD:
             result = [case.meaningful(each) for each in result]
         else:
             result = alike(contender.call, result)
         difference = relative_difference(result, result if expected is None else expected)
-        seconds = setting.clock.sample(entry.run, 1)
-    return result, Trial(difference, seconds)
+        if case.rounds is None:
+            seconds.append(clock.sample(entry.run, 1))
+    return result, Trial(difference, seconds[-1], num_bytes)
 
 
-def _peak_mib(
-    op: str, case: Case, contender: Contender, entry: Entry, setting: Setting
-) -> float | None:
-    if case.fresh_peaks and setting.device.type == "cpu":
-        num_bytes = fresh.peak_bytes(
-            op, case, contender.name, quick=setting.quick, seed=setting.seed
-        )
-    else:
+def _peak_mib(entry: Entry, clock: Clock, trial: Trial) -> float | None:
+    num_bytes = trial.resident_bytes
+    if num_bytes is None:
         with entry.context():
-            num_bytes = setting.clock.peak_bytes(entry.run)
+            num_bytes = clock.peak_bytes(entry.run)
     return None if num_bytes is None else num_bytes / MIB
 
 
