@@ -13,7 +13,6 @@ from tests.kit.numerics import assert_equal
 from tests.ops.causal_conv3d_cases import (
     DTYPES,
     FACTORS,
-    ON_CPU,
     ONES,
     QUICK,
     ROOM,
@@ -28,8 +27,7 @@ from tests.ops.causal_conv3d_cases import (
     skip_unless_taken,
 )
 
-each_implementation = pytest.mark.parametrize("name", ON_CPU)
-each_quick_implementation = pytest.mark.parametrize("name", QUICK)
+each_implementation = pytest.mark.parametrize("name", QUICK)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 SIZES = ((5, 6), (1, 7), (4, 1), (1, 1), (2, 3), (8, 8))
 
@@ -125,7 +123,7 @@ def test_upsampling_as_accurate(name, factor, frames, size, past, dtype, generat
 
 
 @each_dtype
-@each_quick_implementation
+@each_implementation
 def test_many_channels(name, dtype, generator):
     """Sums of 6912 products, in 3D and in phases."""
     call = draw_call(generator, shape=(1, 256, 6, 14, 12), channels=32, dtype=dtype)
@@ -135,7 +133,7 @@ def test_many_channels(name, dtype, generator):
     assert_right(run(name, call), call)
 
 
-@each_quick_implementation
+@each_implementation
 def test_random_calls(name, generator):
     def number(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=generator))
@@ -157,7 +155,7 @@ def test_random_calls(name, generator):
 
 @pytest.mark.parametrize("chunks", [(1, 1, 1, 1, 1, 1, 1), (1, 2, 3, 1), (3, 4), (2, 5)], ids=str)
 @pytest.mark.parametrize("stride", STRIDES, ids=str)
-@each_quick_implementation
+@each_implementation
 def test_chunks_of_a_clip_equal_the_whole(name, stride, chunks, generator):
     call = draw_call(generator, shape=(2, 5, 7, 6, 5), stride=stride)
     starts = list(itertools.accumulate(chunks, initial=0))
@@ -179,7 +177,7 @@ def test_chunks_of_a_clip_equal_the_whole(name, stride, chunks, generator):
 
 @pytest.mark.parametrize("chunks", [(1, 1, 1, 1, 1), (1, 2, 2), (3, 2), (2, 3)], ids=str)
 @pytest.mark.parametrize("factor", FACTORS, ids=str)
-@each_quick_implementation
+@each_implementation
 def test_chunks_of_an_upsampled_clip_equal_the_whole(name, factor, chunks, generator):
     call = draw_call(generator, shape=(2, 5, 5, 3, 4), factor=factor)
     starts = itertools.accumulate(chunks, initial=0)
@@ -329,7 +327,7 @@ def test_activation_and_residual_at_inference(name, past, dtype, generator):
     ],
     ids=str,
 )
-@each_quick_implementation
+@each_implementation
 def test_gradcheck(name, options, generator):
     skip_unless_taken(name, torch.float64)
     call = draw_call(generator, shape=(1, 2, 2, 3, 2), channels=2, dtype=torch.float64, **options)
@@ -344,8 +342,8 @@ def test_gradcheck(name, options, generator):
         assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("first", ON_CPU)
-@pytest.mark.parametrize("second", ON_CPU)
+@pytest.mark.parametrize("first", QUICK)
+@pytest.mark.parametrize("second", QUICK)
 def test_forward_by_one_and_backward_by_another(first, second, generator):
     call = draw_call(generator, shape=(1, 4, 2, 3, 4), factor=(2, 2, 2))
     modules = implementations(ROOM)
