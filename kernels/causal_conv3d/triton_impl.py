@@ -238,9 +238,7 @@ class _Plan:
         return gradient.repeat_interleave(repeats, 2).contiguous()
 
 
-def _launch_input_gradient(
-    dx: Tensor, dy: Tensor, plan: _Plan, frames: range, offset: int
-) -> None:
+def _launch_input_gradient(dx: Tensor, dy: Tensor, plan: _Plan, frames: range, offset: int) -> None:
     """Writes the frames of [past, x] that dx holds, from frame ``-offset`` on."""
     batch, channels = dx.shape[:2]
     choice = tile(channels, dy.shape[1], dx.element_size())

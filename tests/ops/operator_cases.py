@@ -15,6 +15,7 @@ INDEX = torch.tensor([[0, 1, 1, 0, 2], [2, 2, 0, 1, 1]])
 ROWS, VECTOR, VECTORS = (BATCH, LENGTH, WIDTH), (BATCH, WIDTH), (BATCH, 3, WIDTH)
 PACKED, WEIGHT = (BATCH, LENGTH, 3 * HEADS * HEAD_DIM), (HEAD_DIM,)
 HEADED = (BATCH, LENGTH, HEADS, HEAD_DIM)
+MAP, FRAME, TAPS = (BATCH, 3, 2, 3, 4), (BATCH, 3, 1, 3, 4), (2, 3, 3, 3, 3)
 ANGLES = torch.arange(LENGTH * HEAD_DIM / 2).view(LENGTH, -1).repeat_interleave(2, -1)
 
 
@@ -34,6 +35,14 @@ def _indexed(x, y, gate, shift, scale):
     return ops.gate_residual_layer_norm_modulate(x, y, gate, shift, scale, index=index)
 
 
+def _continued(x, weight, bias, past):
+    return ops.causal_conv3d(x, weight, bias, stride=(1, 2, 2), past=past)
+
+
+def _doubled(x, weight, bias, past):
+    return ops.upsample_causal_conv3d(x, weight, bias, factor=(2, 2, 2), past=past)
+
+
 # the operator is the first word of a name; what refuses its second derivative is the last column
 CASES: dict[str, tuple[Callable[..., Tensor | Results], tuple[tuple[int, ...], ...], str]] = {
     "fused_modulation gate": (ops.gate_residual, (ROWS, ROWS, VECTOR), "gate_residual"),
@@ -49,6 +58,9 @@ CASES: dict[str, tuple[Callable[..., Tensor | Results], tuple[tuple[int, ...], .
     "concat_gelu_tanh": (ops.concat_gelu_tanh, (VECTORS, ROWS[:1] + (3,) + ROWS[2:]), "gelu_tanh"),
     "qk_norm_rope one stream": (_heads, (PACKED, WEIGHT, WEIGHT), "qk_norm_rope"),
     "qk_norm_rope two streams": (_heads, (PACKED, WEIGHT, WEIGHT) * 2, "qk_norm_rope"),
+    "causal_conv3d": (ops.causal_conv3d, (MAP, TAPS, TAPS[:1]), "causal_conv3d"),
+    "causal_conv3d past": (_continued, (MAP, TAPS, TAPS[:1], MAP), "causal_conv3d"),
+    "upsample_causal_conv3d past": (_doubled, (MAP, TAPS, TAPS[:1], FRAME), "causal_conv3d"),
     "attention": (ops.attention, (HEADED,) * 3, "attention"),
     "attention prefixes": (_prefixes, (HEADED,) * 3, "attention"),
 }
