@@ -80,7 +80,7 @@ def forward(
     """y (B, O, T', H', W'), channels-last."""
     plan = _Plan.of(x, weight, stride, past, factor)
     channels = weight.shape[0]
-    choice = tile(channels, x.shape[1], x.element_size())
+    choice = tile(channels, x.shape[1], x.element_size(), scale is not None)
     x = _channels_last(x)
     before = x if past is None else _channels_last(past)
     y = _new_map(x, (x.shape[0], channels, *plan.out_size))
