@@ -199,7 +199,7 @@ _backward = define(
 def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     """The tensors in the dtype that torch's convolutions would take them in."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return x, *others
     dtype = torch.get_autocast_dtype(device)
     return tuple(

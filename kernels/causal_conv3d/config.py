@@ -39,14 +39,17 @@ class Segment:
     folds: int
 
 
-def tile(columns: int, depth: int, element_size: int) -> Tile:
-    """For a product of many rows with ``columns`` results each, over ``depth`` channels a tap."""
+def tile(columns: int, depth: int, element_size: int, activated: bool = False) -> Tile:
+    """For a product of many rows with ``columns`` results each, over ``depth`` channels a tap.
+
+    Depths are those that spill no registers on sm_80, sm_90 and sm_100; the activation takes some.
+    """
     if element_size == 2:
         wide = _power_of_two(columns, 16, 128)
-        narrow = _power_of_two(depth, 16, 64)
-        warps = 8 if wide == 128 else 4
-        return Tile(rows=128, columns=wide, depth=narrow, num_warps=warps, num_stages=3)
-    wide, narrow = _power_of_two(columns, 16, 64), _power_of_two(depth, 16, 32)
+        narrow = _power_of_two(depth, 16, 32 if activated else 64)
+        warps, stages = 8 if wide == 128 else 4, 4 if activated else 3
+        return Tile(rows=128, columns=wide, depth=narrow, num_warps=warps, num_stages=stages)
+    wide, narrow = _power_of_two(columns, 16, 64), _power_of_two(depth, 16, 32 if activated else 16)
     return Tile(rows=64, columns=wide, depth=narrow, num_warps=4, num_stages=2)
 
 

@@ -80,7 +80,7 @@ def forward(
     """y (B, O, T', H', W'), channels-last."""
     plan = _Plan.of(x, weight, stride, past, factor)
     channels = weight.shape[0]
-    choice = tile(channels, x.shape[1], x.element_size())
+    choice = tile(channels, x.shape[1], x.element_size(), scale is not None)
     x = _channels_last(x)
     before = x if past is None else _channels_last(past)
     y = _new_map(x, (x.shape[0], channels, *plan.out_size))
@@ -238,9 +238,7 @@ class _Plan:
         return gradient.repeat_interleave(repeats, 2).contiguous()
 
 
-def _launch_input_gradient(
-    dx: Tensor, dy: Tensor, plan: _Plan, frames: range, offset: int
-) -> None:
+def _launch_input_gradient(dx: Tensor, dy: Tensor, plan: _Plan, frames: range, offset: int) -> None:
     """Writes the frames of [past, x] that dx holds, from frame ``-offset`` on."""
     batch, channels = dx.shape[:2]
     choice = tile(channels, dy.shape[1], dx.element_size())

@@ -16,6 +16,7 @@ ROWS, VECTOR, VECTORS = (BATCH, LENGTH, WIDTH), (BATCH, WIDTH), (BATCH, 3, WIDTH
 PACKED, WEIGHT = (BATCH, LENGTH, 3 * HEADS * HEAD_DIM), (HEAD_DIM,)
 MAPS, CHANNELS, GROUPS = (BATCH, 6, 3, 2, 4), (6,), 3
 HEADED = (BATCH, LENGTH, HEADS, HEAD_DIM)
+MAP, FRAME, TAPS = (BATCH, 3, 2, 3, 4), (BATCH, 3, 1, 3, 4), (2, 3, 3, 3, 3)
 ANGLES = torch.arange(LENGTH * HEAD_DIM / 2).view(LENGTH, -1).repeat_interleave(2, -1)
 
 
@@ -43,6 +44,14 @@ def _indexed(x, y, gate, shift, scale):
     return ops.gate_residual_layer_norm_modulate(x, y, gate, shift, scale, index=index)
 
 
+def _continued(x, weight, bias, past):
+    return ops.causal_conv3d(x, weight, bias, stride=(1, 2, 2), past=past)
+
+
+def _doubled(x, weight, bias, past):
+    return ops.upsample_causal_conv3d(x, weight, bias, factor=(2, 2, 2), past=past)
+
+
 # the operator is the first word of a name; what refuses its second derivative is the last column
 CASES: dict[str, tuple[Callable[..., Tensor | Results], tuple[tuple[int, ...], ...], str]] = {
     "fused_modulation gate": (ops.gate_residual, (ROWS, ROWS, VECTOR), "gate_residual"),
@@ -59,6 +68,9 @@ CASES: dict[str, tuple[Callable[..., Tensor | Results], tuple[tuple[int, ...], .
     "group_norm_silu": (_group_norm, (MAPS, CHANNELS, CHANNELS), "group_norm_silu"),
     "qk_norm_rope one stream": (_heads, (PACKED, WEIGHT, WEIGHT), "qk_norm_rope"),
     "qk_norm_rope two streams": (_heads, (PACKED, WEIGHT, WEIGHT) * 2, "qk_norm_rope"),
+    "causal_conv3d": (ops.causal_conv3d, (MAP, TAPS, TAPS[:1]), "causal_conv3d"),
+    "causal_conv3d past": (_continued, (MAP, TAPS, TAPS[:1], MAP), "causal_conv3d"),
+    "upsample_causal_conv3d past": (_doubled, (MAP, TAPS, TAPS[:1], FRAME), "causal_conv3d"),
     "attention": (ops.attention, (HEADED,) * 3, "attention"),
     "attention prefixes": (_prefixes, (HEADED,) * 3, "attention"),
     "frame_causal_attention": (_frames, (HEADED,) * 3, "frame_causal_attention"),

@@ -31,7 +31,8 @@ def test_segments_hold_every_place_once_and_all_of_the_padding(first, size, befo
 @pytest.mark.parametrize("size", [2, 4])
 def test_tiles_are_powers_of_two_that_fit_the_channels(size):
     for columns, depth in itertools.product((1, 3, 16, 32, 128, 512), repeat=2):
-        for tile in (config.tile(columns, depth, size), config.weight_tile(depth, columns, size)):
+        tiles = [config.tile(columns, depth, size, activated) for activated in (False, True)]
+        for tile in (*tiles, config.weight_tile(depth, columns, size)):
             for side in (tile.rows, tile.columns, tile.depth):
                 assert side >= 16 and side & (side - 1) == 0
             # what a multiprocessor has for the tiles in flight
@@ -123,7 +124,7 @@ def blocks(tile: config.Tile) -> tuple[dict[str, int], dict[str, int]]:
 
 def forward_case(arch: int, dtype: str, shape: str, *, past: int, fused: bool) -> Specialisation:
     size = 4 if dtype == "*fp32" else 2
-    tile, launch = blocks(config.tile(512, 512, size))
+    tile, launch = blocks(config.tile(512, 512, size, fused))
     flags = dict.fromkeys(("ACTIVATED", "HAS_RESIDUAL"), fused)
     pointers = ("x_ptr", "past_ptr", "weight_ptr", "bias_ptr", "residual_ptr", "y_ptr")
     signature = dict.fromkeys(pointers, dtype) | {"scale_ptr": "*fp32", "shift_ptr": "*fp32"}
