@@ -33,8 +33,8 @@ _NANO = VAEConfig(
 _QUICK = VAEConfig(
     latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
 )
-# A decode is 15 TFLOP, a minute and more on a few cores: three rounds, and patience with everyone.
-_FEW = Rounds(budget=900.0, least=3, most=3)
+# A decode is 15 TFLOP, half a minute and more on two cores.
+_FEW = Rounds(budget=100.0, least=2, most=3)
 # Channels, frames, rows and columns of the convolution that shows what the machine can do.
 _PROBE, _QUICK_PROBE = (256, 9, 66, 66), (16, 4, 18, 18)
 

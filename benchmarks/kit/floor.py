@@ -1,7 +1,8 @@
 """The floor under a measurement: what this machine can do at best, timed in the same rounds.
 
 Memory: a copy that moves as many bytes as the op must. Arithmetic: a matrix product in the dtype of
-the case. Being contenders like the others, they feel the same neighbours and the same clock rate.
+the case, or a 3D convolution where the case asks for one and it is faster. Being contenders like
+the others, they feel the same neighbours and the same clock rate.
 """
 
 import itertools
@@ -48,7 +49,10 @@ def floors(
     memory = [each * work.num_bytes / probes[COPY].amount for each in seconds[COPY]]
     if MATMUL not in probes:
         return memory, MEMORY
-    compute = [each * work.num_flops / probes[MATMUL].amount for each in seconds[MATMUL]]
+    # Where a convolution was timed as well, the faster of the two says what can be done.
+    known = [name for name in (MATMUL, CONV3D) if name in probes]
+    per_flop = ([each / probes[name].amount for each in seconds[name]] for name in known)
+    compute = [min(each) * work.num_flops for each in zip(*per_flop, strict=True)]
     higher = [max(pair) for pair in zip(memory, compute, strict=True)]
     return higher, COMPUTE if sum(compute) > sum(memory) else MEMORY
 
@@ -78,7 +82,7 @@ def _matmul(dtype: torch.dtype, device: torch.device) -> Probe:
 
 
 def _conv3d(size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Probe:
-    """Not part of the floor: what the library's convolutions reach, in the layout they like."""
+    """What the library's convolutions reach, in the layout they like."""
     channels, *places = size
     x = torch.randn(1, *size, device=device).to(dtype)
     weight = torch.randn(channels, channels, 3, 3, 3, device=device).to(dtype)

@@ -9,10 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import __main__ as command
 from benchmarks import bench_vae, shapes, vae_flops
 from benchmarks.kit import chart, record, resident, run
-from benchmarks.kit.case import FORWARD, Entrant, Peer
+from benchmarks.kit.case import FORWARD, Entrant, Peer, Work
 from benchmarks.kit.clock import HostClock
+from benchmarks.kit.floor import COMPUTE, CONV3D, COPY, MATMUL, Probe, floors
 from benchmarks.kit.measure import Setting, measure
-from benchmarks.kit.pairing import Rounds
+from benchmarks.kit.pairing import Entry, Rounds
 from benchmarks.kit.table import rates
 from hunyuan_fast.models.vae.config import VAEConfig
 from tests.benchmarks.fakes import measurement
@@ -163,6 +164,15 @@ def test_rates_are_told_where_a_convolution_was_timed():
     assert rates(measurement(**counted)) is None
     told = rates(measurement(**counted, conv3d_tflop_per_s=1.5))
     assert "eager 0.250 (layers as written 0.750); conv3d 1.50, matmul 2.00" in told
+
+
+def test_the_floor_is_set_by_the_faster_of_product_and_convolution():
+    amounts = {COPY: 8.0, MATMUL: 100.0, CONV3D: 100.0}
+    probes = {name: Probe(Entry(lambda: None), amount) for name, amount in amounts.items()}
+    seconds = {COPY: [1.0, 1.0], MATMUL: [50.0, 20.0], CONV3D: [30.0, 40.0]}
+    assert floors(probes, seconds, Work(8, 200)) == ([60.0, 40.0], COMPUTE)
+    del probes[CONV3D]
+    assert floors(probes, seconds, Work(8, 200)) == ([100.0, 40.0], COMPUTE)
 
 
 @pytest.mark.gpu
