@@ -96,7 +96,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of positions by outputs of one phase: the products over taps and channels, in fp32."""
+    """A tile of one phase of y: all taps and channels, then bias, residual and one rounding."""
     phase = tl.program_id(2)
     pt, ph, pw = _phase(phase, FT, FH, FW)
     b = tl.program_id(1).to(tl.int64)
