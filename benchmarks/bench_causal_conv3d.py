@@ -37,20 +37,21 @@ class _Layer:
         return (t - 1) // st + 1, (h - 1) // sh + 1, (w - 1) // sw + 1
 
 
-# Of a clip of 17 frames of 256 x 256, and an image of 512 x 512, in the decoder and the encoder.
+# Of a clip of 9 frames of 128 x 128, whose large maps exceed the caches and whose calls end in a
+# second, and of an image of 256 x 256, in the decoder and the encoder.
 _CPU_LAYERS = (
-    _Layer("decoder-128ch", (17, 256, 256), 128, 128),
-    _Layer("decoder-512ch", (9, 64, 64), 512, 512),
-    _Layer("decoder-in", (5, 32, 32), 16, 512),
-    _Layer("decoder-out", (17, 256, 256), 128, 3),
-    _Layer("shortcut", (17, 256, 256), 256, 128, kernel=1),
-    _Layer("encoder-down-space", (17, 256, 256), 128, 128, stride=(1, 2, 2)),
-    _Layer("encoder-down", (17, 128, 128), 256, 256, stride=(2, 2, 2)),
-    _Layer("image-256ch", (1, 256, 256), 256, 256),
+    _Layer("decoder-128ch", (9, 128, 128), 128, 128),
+    _Layer("decoder-512ch", (5, 32, 32), 512, 512),
+    _Layer("decoder-in", (3, 16, 16), 16, 512),
+    _Layer("decoder-out", (9, 128, 128), 128, 3),
+    _Layer("shortcut", (9, 128, 128), 256, 128, kernel=1),
+    _Layer("encoder-down-space", (9, 128, 128), 128, 128, stride=(1, 2, 2)),
+    _Layer("encoder-down", (9, 64, 64), 256, 256, stride=(2, 2, 2)),
+    _Layer("image-256ch", (1, 128, 128), 256, 256),
 )
 _CPU_UPSAMPLED = (
-    _Layer("decoder-up-space", (5, 32, 32), 512, 512, factor=(1, 2, 2)),
-    _Layer("decoder-up", (9, 128, 128), 256, 256, factor=(2, 2, 2)),
+    _Layer("decoder-up-space", (3, 16, 16), 512, 512, factor=(1, 2, 2)),
+    _Layer("decoder-up", (5, 64, 64), 256, 256, factor=(2, 2, 2)),
 )
 # Of 129 frames of 720 x 1280, a part of the clip at full size.
 _GPU_LAYERS = (
