@@ -1,7 +1,7 @@
 """The VAE's convolutions at the shapes of its layers, against padding and then convolving."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.kit.case import FORWARD, TRAINING, Call, Case, Peer, Work, compiled
+from benchmarks.kit.pairing import Rounds
 from hunyuan_fast.ops import causal_conv3d, upsample_causal_conv3d
 
 Triple = tuple[int, int, int]
@@ -79,13 +80,19 @@ def cases(device: torch.device, *, quick: bool) -> list[Case]:
         return [_case(layer, dtype) for layer in (plain, doubled) for dtype in (fp32, bf16)]
     if device.type == "cuda":
         return [_case(layer, bf16) for layer in (*_GPU_LAYERS, *_GPU_UPSAMPLED)]
-    layers = (*_CPU_LAYERS, *_CPU_UPSAMPLED)
-    half = (_CPU_LAYERS[1], _CPU_UPSAMPLED[0])
+    # gradients are torch's, as the peers' are: two cases show them, the others are for inference
     return [
-        *(_case(layer, fp32) for layer in layers),
-        *(_case(layer, bf16) for layer in half),
+        *(_forward_only(_case(layer, fp32)) for layer in _CPU_LAYERS),
+        _forward_only(_case(_CPU_UPSAMPLED[1], fp32)),
+        _case(_CPU_UPSAMPLED[0], fp32),
+        _forward_only(_case(_CPU_LAYERS[1], bf16)),
         *(_case(layer, fp32, cold=False) for layer in _NANO),
     ]
+
+
+def _forward_only(case: Case) -> Case:
+    work = {FORWARD: case.work[FORWARD]}
+    return replace(case, work=work, rounds=Rounds(budget=6.0, least=5, most=20))
 
 
 def _case(layer: _Layer, dtype: torch.dtype, *, cold: bool = True) -> Case:
