@@ -15,6 +15,8 @@ from hunyuan_fast.kernels.causal_conv3d.phases import begins_alone, phase_weight
 VERIFIED_ON = frozenset({"cpu"})
 _MOST_TAPS = 27  # kMaxTaps in csrc/causal_conv3d/cpu_kernels.h
 _LAYOUT = torch.channels_last_3d
+# Positions of a frame: with fewer, making a kernel takes longer than the multiplications it saves.
+_WORTH_A_KERNEL = 1024
 
 Triple = tuple[int, int, int]
 
@@ -109,15 +111,17 @@ def _run(
     """y(o) = sum over taps k of weight(k) x(o * stride + k - origin); y may have any strides.
 
     At the beginning of a clip some taps in time read the same frame, the first. They are added up:
-    a third of the multiplications for the first frame, two thirds for the second.
+    a third of the multiplications for the first frame, two thirds for the second. Each needs a
+    kernel of its own, which pays for itself where frames are large or there are no others.
     """
     x = _channels_last(x)
     lead, *sides = origin
     if past is not None and past.shape[2]:
         _convolve(x, _channels_last(past), weight, bias, residual, y, stride, origin)
         return
-    begun = 0
-    while begun < y.shape[2] and begun * stride[0] < lead:
+    begun, alone = 0, y.shape[2] * stride[0] <= lead
+    worth = alone or y[0, 0, 0].numel() >= _WORTH_A_KERNEL
+    while worth and begun < y.shape[2] and begun * stride[0] < lead:
         alike = min(lead - begun * stride[0] + 1, weight.shape[2])
         first = weight[:, :, :alike].sum(2, keepdim=True)
         merged = torch.cat((first, weight[:, :, alike:]), dim=2)

@@ -47,8 +47,12 @@ def assert_forward_is_right(call):
     assert_as_good_as(y, exact, own, name="y", factor=3.0)
 
 
+@pytest.mark.parametrize("least", [1, 1 << 20], ids=["added", "apart"])
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
-def test_sizes_that_no_block_divides(options, generator):
+def test_sizes_that_no_block_divides(options, least, generator, monkeypatch):
+    """With taps that meet the first frame together added up, and without."""
+    cpu_impl = implementations(ROOM)["cpu_impl"]
+    monkeypatch.setattr(cpu_impl, "_WORTH_A_KERNEL", least)
     assert_forward_is_right(draw_call(generator, **options))
 
 
