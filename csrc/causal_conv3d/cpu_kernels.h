@@ -6,7 +6,7 @@
 #pragma once
 
 #include "causal_conv3d/cpu.h"
-#include "common/simd.h"
+#include "causal_conv3d/window.h"
 
 namespace hunyuan_fast::causal_conv3d::HUNYUAN_FAST_ISA {
 
@@ -33,6 +33,32 @@ inline Packing packing(int64_t O) {
     return {lanes, (O + lanes - 1) / lanes};
 }
 
+// Where the taps of a weight lie that are added up to one tap of the kernel: [first[tap], first[tap + 1]) of `at`.
+struct Sums {
+    int64_t at[kMaxTaps];
+    int64_t first[kMaxTaps + 1] = {};
+};
+
+inline Sums sums_of(Weights const& w) {
+    Sums sums;
+    int64_t tap = 0, n = 0;
+    for (Span const& t : w.t) {
+        for (Span const& h : w.h) {
+            for (Span const& k : w.w) {
+                for (int64_t i = t.begin; i < t.end; ++i) {
+                    for (int64_t j = h.begin; j < h.end; ++j) {
+                        for (int64_t l = k.begin; l < k.end; ++l) {
+                            sums.at[n++] = i * w.stride_t + j * w.stride_h + l * w.stride_w;
+                        }
+                    }
+                }
+                sums.first[++tap] = n;
+            }
+        }
+    }
+    return sums;
+}
+
 // The taps of a weight are adjacent in most layouts, while the packed ones lie far apart: some channels at a time are
 // sorted in a buffer, where 27 places are not all in the same set of the cache, and copied out in long runs.
 inline void pack(Params const& p, Weights const& w, float* packed, int64_t begin, int64_t end) {
@@ -40,35 +66,33 @@ inline void pack(Params const& p, Weights const& w, float* packed, int64_t begin
     constexpr int64_t kRun = kChannels * kVectors * kLanes;
     static_assert(kRun % 64 == 0, "the runs below are kept a cache line apart from a power of two");
     float buffer[kMaxTaps][kRun + 16];
+    Sums const sums = sums_of(w);
+    int64_t const taps = p.kernel.count();
     int64_t const lanes = packing(p.O).lanes;
     int64_t const of_tap = p.C * lanes;
     for (int64_t block = begin; block < end; ++block) {
-        float* const first = packed + block * p.kernel.count() * of_tap;
+        float* const first = packed + block * taps * of_tap;
         for (int64_t c = 0; c < p.C; c += kChannels) {
             int64_t const channels = p.C - c < kChannels ? p.C - c : kChannels;
             for (int64_t i = 0; i < lanes; ++i) {
                 int64_t const o = block * lanes + i;
                 for (int64_t j = 0; j < channels; ++j) {
-                    float const* from = w.data + o * w.stride_o + (c + j) * w.stride_c;
-                    int64_t tap = 0;
-                    for (int64_t t = 0; t < p.kernel.t; ++t) {
-                        for (int64_t h = 0; h < p.kernel.h; ++h) {
-                            for (int64_t k = 0; k < p.kernel.w; ++k, ++tap) {
-                                int64_t const at = t * w.stride_t + h * w.stride_h + k * w.stride_w;
-                                buffer[tap][j * lanes + i] = o < p.O ? from[at] : 0.0f;
-                            }
+                    float const* const from = w.data + o * w.stride_o + (c + j) * w.stride_c;
+                    for (int64_t tap = 0; tap < taps; ++tap) {
+                        float sum = 0.0f;
+                        for (int64_t n = sums.first[tap]; o < p.O && n < sums.first[tap + 1]; ++n) {
+                            sum += from[sums.at[n]];
                         }
+                        buffer[tap][j * lanes + i] = sum;
                     }
                 }
             }
-            for (int64_t tap = 0; tap < p.kernel.count(); ++tap) {
+            for (int64_t tap = 0; tap < taps; ++tap) {
                 std::memcpy(first + tap * of_tap + c * lanes, buffer[tap], size_t(channels * lanes) * sizeof(float));
             }
         }
     }
 }
-
-inline int64_t clamp(int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
 
 // A box: where its positions are written, and what each tap reads for each of them.
 struct Tile {
@@ -84,53 +108,28 @@ inline int64_t offset(Map const& map, int64_t b, int64_t t, int64_t h, int64_t w
     return b * map.stride_b + t * map.stride_t + h * map.stride_h + w * map.stride_w;
 }
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Frame t of a sample, and the strides within it.
-inline Map frame_of(Params const& p, int64_t b, int64_t t) {
-    bool const in_past = t < 0 && p.past.data;
-    Map frame = in_past ? p.past : p.x;
-    int64_t const at = in_past ? clamp(t + p.past_frames, p.past_frames) : clamp(t, p.in.t);
-    frame.data += b * frame.stride_b + at * frame.stride_t;
-    return frame;
-}
-
-// Output positions [begin, end) of a sample.
-struct Range {
-    int64_t b;
-    Size begin;
-    Size end;
-};
-
-inline Range range_of(Params const& p, int64_t index) {
-    auto const [box, number] = boxes_of(p.out);
-    Range r;
-    r.b = index / number.count();
-    r.begin.t = index / (number.h * number.w) % number.t * box.t;
-    r.begin.h = index / number.w % number.h * box.h;
-    r.begin.w = index % number.w * box.w;
-    r.end = {least(r.begin.t + box.t, p.out.t), least(r.begin.h + box.h, p.out.h), least(r.begin.w + box.w, p.out.w)};
-    return r;
-}
-
 // What a tap of offset (kt, kh, kw) reads for each position of the range.
-inline void read_at(Params const& p, Range const& r, int64_t kt, int64_t kh, int64_t kw, float const** inputs) {
+inline void read_at(Params const& p, Range const& r, Window const& window, int64_t kt, int64_t kh, int64_t kw,
+                    float const** inputs) {
     for (int64_t t = r.begin.t; t < r.end.t; ++t) {
-        Map const frame = frame_of(p, r.b, t * p.stride.t + kt - p.origin.t);
+        int64_t const time = t * p.stride.t + kt - p.origin.t;
+        Frame const frame = p.scale ? window.frame(p, time) : frame_of(p, r.b, time);
         int64_t columns[kTile];
         int64_t const width = r.end.w - r.begin.w;
         for (int64_t i = 0; i < width; ++i) {
-            columns[i] = clamp((r.begin.w + i) * p.stride.w + kw - p.origin.w, p.in.w) * frame.stride_w;
+            int64_t const column = clamp((r.begin.w + i) * p.stride.w + kw - p.origin.w, p.in.w);
+            columns[i] = (column - frame.column) * frame.stride_w;
         }
         for (int64_t h = r.begin.h; h < r.end.h; ++h, inputs += width) {
-            float const* const row = frame.data + clamp(h * p.stride.h + kh - p.origin.h, p.in.h) * frame.stride_h;
+            float const* const row = frame.at(clamp(h * p.stride.h + kh - p.origin.h, p.in.h));
             for (int64_t i = 0; i < width; ++i) inputs[i] = row + columns[i];
         }
     }
 }
 
-inline void lay_out(Params const& p, int64_t index, Tile& tile) {
+inline void lay_out(Params const& p, int64_t index, Window& window, Tile& tile) {
     Range const r = range_of(p, index);
+    if (p.scale) window.move(p, r);
     tile.count = 0;
     for (int64_t t = r.begin.t; t < r.end.t; ++t) {
         for (int64_t h = r.begin.h; h < r.end.h; ++h) {
@@ -145,7 +144,7 @@ inline void lay_out(Params const& p, int64_t index, Tile& tile) {
         for (int64_t kh = 0; kh < p.kernel.h; ++kh) {
             for (int64_t kw = 0; kw < p.kernel.w; ++kw, ++tap) {
                 float const** const inputs = tile.inputs[tap];
-                read_at(p, r, kt, kh, kw, inputs);
+                read_at(p, r, window, kt, kh, kw, inputs);
                 // groups are whole: what is beyond the last position reads what that one does
                 for (int64_t i = tile.count; i < least(tile.count + 8, kTile); ++i) inputs[i] = inputs[tile.count - 1];
             }
@@ -216,10 +215,11 @@ void run_blocks(Params const& p, Tile& tile) {
     }
 }
 
-inline void run_boxes(Params const& p, int64_t begin, int64_t end) {
+inline void run_boxes(Params const& p, int64_t begin, int64_t end, float* room) {
     Tile tile;
+    Window window(room);
     for (int64_t each = begin; each < end; ++each) {
-        lay_out(p, each, tile);
+        lay_out(p, each, window, tile);
         switch (vectors_for(p.O)) {
             case 1: run_blocks<1>(p, tile); break;
             case 2: run_blocks<2>(p, tile); break;
