@@ -152,27 +152,39 @@ inline void lay_out(Params const& p, int64_t index, Window& window, Tile& tile) 
     }
 }
 
+// Adds the products with the weights of one channel.
+template <int kV>
+inline void add(float const* const* x, int64_t c, float const* w, Vec (*sums)[kV]) {
+    Vec weights[kV];
+    for (int v = 0; v < kV; ++v) weights[v] = load_as<Vec>(w + v * kLanes);
+    for (int r = 0; r < rows_for(kV); ++r) {
+        for (int v = 0; v < kV; ++v) sums[r][v] += x[r][c] * weights[v];
+    }
+}
+
 // Adds the products of taps [tap, last) for positions [i, i + rows) to their sums.
 template <int kV>
 inline void group(Tile& tile, int64_t i, int64_t tap, int64_t last, int64_t C, float const* w) {
     constexpr int kRows = rows_for(kV);
-    Vec sums[kRows][kV] = {};
+    // Two sums of every other channel where one would wait for itself.
+    constexpr int kParts = kV == 1 ? 2 : 1;
+    Vec sums[kParts][kRows][kV] = {};
     for (; tap < last; ++tap) {
         float const* x[kRows];
         for (int r = 0; r < kRows; ++r) x[r] = tile.inputs[tap][i + r];
-        for (int64_t c = 0; c < C; ++c, w += kV * kLanes) {
-            Vec weights[kV];
-            for (int v = 0; v < kV; ++v) weights[v] = load_as<Vec>(w + v * kLanes);
-            for (int r = 0; r < kRows; ++r) {
-                for (int v = 0; v < kV; ++v) sums[r][v] += x[r][c] * weights[v];
-            }
+        int64_t c = 0;
+        for (; c + kParts <= C; c += kParts) {
+            for (int part = 0; part < kParts; ++part, w += kV * kLanes) add<kV>(x, c + part, w, sums[part]);
         }
+        for (; c < C; ++c, w += kV * kLanes) add<kV>(x, c, w, sums[0]);
     }
     float* const kept = tile.sums + i * kV * kLanes;
     for (int r = 0; r < kRows; ++r) {
         for (int v = 0; v < kV; ++v) {
             float* const at = kept + (r * kV + v) * kLanes;
-            store_as(at, load_as<Vec>(at) + sums[r][v]);
+            Vec sum = sums[0][r][v];
+            for (int part = 1; part < kParts; ++part) sum += sums[part][r][v];
+            store_as(at, load_as<Vec>(at) + sum);
         }
     }
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hunyuan_fast.ops import causal_conv3d
+from hunyuan_fast.modules.group_norm import GroupNormSiLU
+from hunyuan_fast.ops.causal_conv3d import causal_conv3d, fuses_norm
 
 
 class CausalConv3d(nn.Module):
@@ -26,9 +27,27 @@ class CausalConv3d(nn.Module):
         self.stride = stride
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, stride)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """residual: what the result is added to, like it; at inference in the same pass."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, norm: GroupNormSiLU | None = None
+    ) -> Tensor:
+        """norm: comes before, without a map of its own where the convolution can apply it.
+
+        residual: what the result is added to, like it; at inference in the same pass.
+        """
+        conv, scale, shift = self.conv, None, None
+        if norm is not None:
+            if fuses_norm(x, conv.weight):
+                scale, shift = norm.scale_and_shift(x)
+            else:
+                x = norm(x)
         fused = None if torch.is_grad_enabled() else residual
-        conv = self.conv
-        y = causal_conv3d(x, conv.weight, conv.bias, stride=self.stride, residual=fused)
+        y = causal_conv3d(
+            x,
+            conv.weight,
+            conv.bias,
+            stride=self.stride,
+            scale=scale,
+            shift=shift,
+            residual=fused,
+        )
         return y if residual is None or fused is not None else residual + y

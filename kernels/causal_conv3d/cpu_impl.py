@@ -14,6 +14,7 @@ from hunyuan_fast.kernels.causal_conv3d import library_impl
 from hunyuan_fast.kernels.causal_conv3d.phases import Spans, begins_alone, each_tap, phase_spans
 
 VERIFIED_ON = frozenset({"cpu"})
+FUSES_NORM = True
 _MOST_TAPS = 27  # kMaxTaps in csrc/causal_conv3d/cpu_kernels.h
 _LAYOUT = torch.channels_last_3d
 # Positions of a frame: with fewer, making a kernel takes longer than the multiplications it saves.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import cast
+
 from torch import Tensor, nn
 
 from hunyuan_fast.modules.causal_conv3d import CausalConv3d
@@ -28,12 +31,37 @@ class ResnetBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(self.norm1(x))
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return self.conv2(self.norm2(hidden), shortcut)
+        hidden = self.conv1(x, norm=self.norm1)
+        if self.conv_shortcut is None:
+            return self.conv2(hidden, x, norm=self.norm2)
+        hidden = self.conv2(hidden, norm=self.norm2)
+        return self.conv_shortcut(x, hidden)
 
 
-class MidBlock(nn.Module):
+class _Level(nn.Module):
+    """Layers that a map passes one after the other, (B, C, T, H, W) -> (B, C', T', H', W')."""
+
+    def layers(self) -> Iterator[nn.Module]:
+        """In order, which is that of the lists that hold them."""
+        for part in self.children():
+            yield from cast(nn.ModuleList, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return through(self.layers(), x)
+
+
+def through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """The map behind all layers.
+
+    One loop over the layers of all levels takes less memory than a level after the other: whoever
+    calls a level keeps its input, which may be the largest map of all, until the level is through.
+    """
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+class MidBlock(_Level):
     """Residual block, frame-causal attention, residual block, at the smallest size."""
 
     def __init__(self, channels: int, num_groups: int, *, add_attention: bool) -> None:
@@ -45,11 +73,10 @@ class MidBlock(nn.Module):
             [FrameCausalAttention(channels, num_groups)] if add_attention else []
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+    def layers(self) -> Iterator[nn.Module]:
+        """In order."""
+        first, last = self.resnets
+        yield from (first, *self.attentions, last)
 
 
 def _resnets(in_channels: int, out_channels: int, count: int, num_groups: int) -> nn.ModuleList:
@@ -57,7 +84,7 @@ def _resnets(in_channels: int, out_channels: int, count: int, num_groups: int) -
     return nn.ModuleList([ResnetBlock(channels, out_channels, num_groups) for channels in inputs])
 
 
-class DownBlock(nn.Module):
+class DownBlock(_Level):
     """One encoder level: residual blocks, then a strided convolution unless the stride is one."""
 
     def __init__(
@@ -69,13 +96,8 @@ class DownBlock(nn.Module):
             [CausalDownsample(out_channels, stride)] if stride != (1, 1, 1) else []
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
 
-
-class UpBlock(nn.Module):
+class UpBlock(_Level):
     """One decoder level: residual blocks, then upsampling unless the factor is one."""
 
     def __init__(
@@ -86,8 +108,3 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList(
             [CausalUpsample(out_channels, factor)] if factor != (1, 1, 1) else []
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hunyuan_fast.models.vae.blocks import DownBlock, MidBlock
+from hunyuan_fast.models.vae.blocks import DownBlock, MidBlock, through
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.modules.causal_conv3d import CausalConv3d
 from hunyuan_fast.modules.group_norm import GroupNormSiLU
@@ -36,7 +36,6 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+        levels = (*self.down_blocks, self.mid_block)
+        x = through((layer for level in levels for layer in level.layers()), self.conv_in(x))
+        return self.conv_out(x, norm=self.conv_norm_out)
