@@ -82,7 +82,7 @@ float const* vectors_of(TensorView const& t, char const* name, Params const& p) 
 }
 
 int64_t packed_size(int64_t O, int64_t C, Triple const& kernel) {
-    Packing const packing = packing_cpu(O);
+    Packing const packing = packing_cpu(O, C);
     return packing.blocks * packing.lanes * C * size_of(kernel).count();
 }
 

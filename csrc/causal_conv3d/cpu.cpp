@@ -33,10 +33,10 @@ Boxes boxes_of(Size const& out) {
     return {box, {parts(out.t, box.t), parts(out.h, box.h), parts(out.w, box.w)}};
 }
 
-Packing packing_cpu(int64_t O) { return kernels().packing(O); }
+Packing packing_cpu(int64_t O, int64_t C) { return kernels().packing(O, C); }
 
 void pack_cpu(Params const& params, Weights const& weights, float* packed, int num_threads) {
-    parallel_for(packing_cpu(params.O).blocks, 1, num_threads, [&](int64_t first, int64_t last) {
+    parallel_for(packing_cpu(params.O, params.C).blocks, 1, num_threads, [&](int64_t first, int64_t last) {
         kernels().pack(params, weights, packed, first, last);
     });
 }

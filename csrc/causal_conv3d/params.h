@@ -53,7 +53,7 @@ struct Boxes {
 };
 
 // Weights in the order in which a kernel reads them: blocks of `lanes` outputs, (blocks, taps, C, lanes), zero
-// beyond O.
+// beyond O. Blocks of one output are read by vectors of channels.
 struct Packing {
     int64_t lanes = 0;
     int64_t blocks = 0;

@@ -35,6 +35,9 @@ SHAPES = {
     "phases": {"shape": (1, 9, 4, 13, 18), "channels": 65, "factor": (2, 2, 2)},
     "continued": {"shape": (2, 9, 3, 13, 18), "channels": 17, "past": 2},
     "pointwise": {"shape": (2, 70, 3, 13, 18), "channels": 130, "kernel": 1},
+    # few outputs, for which vectors hold channels
+    **{f"to {n}": {"shape": (2, 32, 3, 13, 18), "channels": n} for n in (1, 2, 3, 4)},
+    "to 3, phases": {"shape": (1, 16, 4, 13, 18), "channels": 3, "factor": (1, 2, 2)},
 }
 
 
@@ -73,7 +76,7 @@ def test_long_sums_lose_no_more_than_short_ones(generator):
     ],
     ids=str,
 )
-def test_activation_of_every_window(options, generator):
+def test_activation_and_residual_of_every_window(options, generator):
     """Against the same in steps, also when a window serves the next box in time."""
     call = draw_call(generator, **options)
     scale, shift = (torch.randn(call.x.shape[:2], generator=generator) for _ in range(2))
@@ -86,6 +89,7 @@ def test_activation_of_every_window(options, generator):
         maps = (call.x, call.past)
         return call.map(lambda t: activated(t, dtype) if any(t is m for m in maps) else t.to(dtype))
 
+    residual = torch.randn(call.dy.shape, generator=generator)
     with use("cpu_impl", ROOM), torch.no_grad():
         y = causal_conv3d(
             *(call.x, call.weight, call.bias),
@@ -93,9 +97,10 @@ def test_activation_of_every_window(options, generator):
             past=call.past,
             scale=scale,
             shift=shift,
+            residual=residual,
         )
         exact, own = by_definition(in_steps(torch.float64)), as_torch_would(in_steps(torch.float32))
-    assert_as_good_as(y, exact, own, name="y", factor=3.0)
+    assert_as_good_as(y, exact + residual, own + residual, name="y", factor=3.0)
 
 
 def test_threads_make_no_difference(generator):
