@@ -3,7 +3,7 @@
 import json
 import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,32 @@ def save(result: Result, path: Path) -> None:
     draft = path.with_name(f"{path.name}.tmp")
     draft.write_text(dumps(result))
     draft.replace(path)
+
+
+def joined(result: Result, path: Path) -> Result:
+    """``result`` beside what the file at ``path`` has of other cases.
+
+    Alone where there is no file, or one of another machine or of other code.
+    """
+    if not path.is_file():
+        return result
+    before = load(path)
+    origins = [(each.machine, each.source.commit, each.source.clean) for each in (before, result)]
+    if origins[0] != origins[1]:
+        return result
+    new = {(m.function, m.case, m.dtype, m.what) for m in result.measurements}
+    turns = {(a.case, a.dtype) for a in result.alternations}
+    kept = [m for m in before.measurements if (m.function, m.case, m.dtype, m.what) not in new]
+    other = [a for a in before.alternations if (a.case, a.dtype) not in turns]
+    shares = [each.neighbours for each in (before, result) if each.neighbours is not None]
+    commands = dict.fromkeys((*before.source.command.split("; "), result.source.command))
+    return replace(
+        result,
+        neighbours=max(shares, default=None),
+        source=replace(result.source, command="; ".join(commands)),
+        measurements=[*kept, *result.measurements],
+        alternations=[*other, *result.alternations],
+    )
 
 
 def dumps(result: Result) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.kit.contenders import OURS, REFERENCE
 from benchmarks.kit.discover import RESULTS, ROOT, SCRATCH
-from benchmarks.kit.record import RecordError, dumps, load, loads, path_of, save
+from benchmarks.kit.record import RecordError, dumps, joined, load, loads, path_of, save
 from benchmarks.kit.statistics import Spread, geometric_mean
 from hunyuan_fast import dispatch
 from tests.benchmarks.fakes import constant, measurement, result, timing
@@ -42,6 +42,29 @@ def test_evidence_and_other_runs_are_kept_apart():
     assert path_of(result(tests="skipped")) == SCRATCH / folder / "scale.json"
     gpu = result(machine=replace(result().machine, device="NVIDIA H200", arch="sm_90"))
     assert path_of(gpu) == RESULTS / "nvidia-h200" / "scale.json"
+
+
+def test_some_cases_join_the_others_of_the_same_code_and_machine(tmp_path):
+    path = tmp_path / "scale.json"
+    old = result(measurements=[measurement(case="a"), measurement(case="b", num_bytes=1)])
+    new = result(measurements=[measurement(case="b", num_bytes=2)], neighbours=0.5)
+    new = replace(new, source=replace(new.source, command="python -m benchmarks scale --only b"))
+    assert joined(new, path) == new
+    save(old, path)
+    both = joined(new, path)
+    assert [(m.case, m.num_bytes) for m in both.measurements] == [
+        ("a", measurement().num_bytes),
+        ("b", 2),
+    ]
+    assert both.neighbours == 0.5
+    assert both.source.command == f"{old.source.command}; python -m benchmarks scale --only b"
+    save(both, path)
+    assert joined(new, path) == both
+    for foreign in (
+        replace(new, source=replace(new.source, commit="another")),
+        replace(new, machine=replace(new.machine, threads=97)),
+    ):
+        assert joined(foreign, path) == foreign
 
 
 def edited(**changes: object) -> str:
