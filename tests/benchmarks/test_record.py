@@ -81,6 +81,7 @@ def of(**changes: object) -> str:
     return dumps(result(measurements=[measurement(**changes)]))
 
 
+TWO_ANSWERS = [timing(name, answers=True) for name in ("cpu_impl", "reference")]
 TIMED_TWICE = [timing("cpu_impl", answers=True), timing("cpu_impl")]
 
 
@@ -101,7 +102,8 @@ TIMED_TWICE = [timing("cpu_impl", answers=True), timing("cpu_impl")]
         (edited(measurements=[]), "measurements must not be empty"),
         (without("source"), "result lacks source"),
         (of(what="sideways"), "what must be one of forward"),
-        (of(timings=[timing("cpu_impl")], best_peer=None), "exactly one implementation"),
+        (of(timings=TWO_ANSWERS, best_peer=None), "one implementation answers, or none"),
+        (of(timings=[timing("a", "peer")], best_peer=None), "one of the timings must be ours"),
         (of(timings=TIMED_TWICE, best_peer=None), "names in timings must differ"),
         (of(best_peer="nobody"), "best_peer 'nobody' was not timed"),
         (
