@@ -255,7 +255,7 @@ def _backward_upsampled(
 
 
 @dataclass(frozen=True)
-class _Margins:
+class Margins:
     """How often the first frame stands before the map, and edges of rows and columns beside it."""
 
     frames: int
@@ -283,25 +283,26 @@ def _sum_into(edge: Tensor, parts: Tensor, dim: int) -> None:
     edge.copy_(parts.sum(dim, keepdim=True, dtype=wide(parts.dtype)))
 
 
-def _margins(weight: Tensor, past: Tensor | None, upsampled: bool = False) -> _Margins:
+def _margins(weight: Tensor, past: Tensor | None, upsampled: bool = False) -> Margins:
     """For a kernel, or for one phase of it, which has one tap in a margin in any case."""
     lead = weight.shape[2] - 1
     if upsampled:
-        return _Margins(lead - (0 if past is None else past.shape[2]), 1, 1)
+        return Margins(lead - (0 if past is None else past.shape[2]), 1, 1)
     rows, columns = (size // 2 for size in weight.shape[3:])
-    return _Margins(lead if past is None else 0, rows, columns)
+    return Margins(lead if past is None else 0, rows, columns)
 
 
-def _padded(x: Tensor, past: Tensor | None, margins: _Margins) -> Tensor:
+def _padded(x: Tensor, past: Tensor | None, margins: Margins) -> Tensor:
     """[past, x] with its margins."""
     if x.device.type == "cpu" and (past is None or not past.shape[2]):
         rows, columns = margins.rows, margins.columns
         return F.pad(x, (columns, columns, rows, rows, margins.frames, 0), mode="replicate")
     # On GPUs that gives a map in torch's usual layout, which a convolution would have to copy.
-    return _padded_channels_last(x, past, margins)
+    return padded_channels_last(x, past, margins)
 
 
-def _padded_channels_last(x: Tensor, past: Tensor | None, margins: _Margins) -> Tensor:
+def padded_channels_last(x: Tensor, past: Tensor | None, margins: Margins) -> Tensor:
+    """[past, x] with its margins, channels-last: a copy, and edges of that."""
     rows, columns = margins.rows, margins.columns
     batch, channels, frames, height, width = x.shape
     given = 0 if past is None else past.shape[2]

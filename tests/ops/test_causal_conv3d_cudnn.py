@@ -63,7 +63,7 @@ def test_the_padded_map_of_gpus_is_channels_last(margins, past, generator):
     whole = library_impl._joined(x, before)
     sides = (columns, columns, rows, rows, frames, 0)
     expected = torch.nn.functional.pad(whole, sides, mode="replicate")
-    padded = library_impl._padded_channels_last(x, before, library_impl._Margins(*margins))
+    padded = library_impl.padded_channels_last(x, before, library_impl.Margins(*margins))
     assert torch.equal(padded, expected)
     assert padded.is_contiguous(memory_format=torch.channels_last_3d)
 
