@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from hunyuan_fast.modules.causal_conv3d import CausalConv3d
@@ -10,6 +12,14 @@ from hunyuan_fast.modules.group_norm import GroupNormSiLU
 from hunyuan_fast.modules.resample import CausalDownsample, CausalUpsample
 
 Stride = tuple[int, int, int]
+# How to call a block: as it is, or in a way that keeps less for backward.
+Run = Callable[[nn.Module, Tensor], Tensor]
+
+
+def plainly(block: nn.Module, x: Tensor) -> Tensor:
+    """Call a block as it is."""
+    y: Tensor = block(x)
+    return y
 
 
 class ResnetBlock(nn.Module):
@@ -69,9 +79,12 @@ class DownBlock(nn.Module):
             [CausalDownsample(out_channels, stride)] if stride != (1, 1, 1) else []
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
+    def forward(self, x: Tensor, run: Run = plainly) -> Tensor:
+        """run: how to call a residual block; a change of size keeps nothing but its input."""
+        for resnet in self.resnets:
+            x = run(resnet, x)
+        for resampler in self.downsamplers:
+            x = resampler(x)
         return x
 
 
@@ -87,7 +100,10 @@ class UpBlock(nn.Module):
             [CausalUpsample(out_channels, factor)] if factor != (1, 1, 1) else []
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
+    def forward(self, x: Tensor, run: Run = plainly) -> Tensor:
+        """run: how to call a residual block; a change of size keeps nothing but its input."""
+        for resnet in self.resnets:
+            x = run(resnet, x)
+        for resampler in self.upsamplers:
+            x = resampler(x)
         return x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hunyuan_fast.models.vae.blocks import MidBlock, UpBlock
+from hunyuan_fast.models.vae.blocks import MidBlock, Run, UpBlock, plainly
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.modules.causal_conv3d import CausalConv3d
 from hunyuan_fast.modules.group_norm import GroupNormSiLU
@@ -35,8 +35,9 @@ class Decoder(nn.Module):
         self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, widths[-1])
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(x))
+    def forward(self, x: Tensor, run: Run = plainly) -> Tensor:
+        """run: how to call a residual block, and the middle."""
+        x = run(self.mid_block, self.conv_in(x))
         for block in self.up_blocks:
-            x = block(x)
+            x = block(x, run)
         return self.conv_out(self.conv_norm_out(x))

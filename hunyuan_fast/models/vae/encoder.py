@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hunyuan_fast.models.vae.blocks import DownBlock, MidBlock
+from hunyuan_fast.models.vae.blocks import DownBlock, MidBlock, Run, plainly
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.modules.causal_conv3d import CausalConv3d
 from hunyuan_fast.modules.group_norm import GroupNormSiLU
@@ -35,8 +35,9 @@ class Encoder(nn.Module):
         self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, run: Run = plainly) -> Tensor:
+        """run: how to call a residual block, and the middle."""
         x = self.conv_in(x)
         for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+            x = block(x, run)
+        return self.conv_out(self.conv_norm_out(run(self.mid_block, x)))
