@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hunyuan_fast.ops import causal_conv3d
+from hunyuan_fast.modules.group_norm import GroupNormSiLU
+from hunyuan_fast.ops import causal_conv3d, group_norm_silu_conv3d
 
 
 class CausalConv3d(nn.Module):
@@ -32,3 +33,14 @@ class CausalConv3d(nn.Module):
         conv = self.conv
         y = causal_conv3d(x, conv.weight, conv.bias, stride=self.stride, residual=fused)
         return y if residual is None or fused is not None else residual + y
+
+
+def normed_conv(
+    norm: GroupNormSiLU, conv: CausalConv3d, x: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """conv(norm(x), residual), of which no more than x is kept for backward."""
+    if not torch.is_grad_enabled():
+        return conv(norm(x), residual)
+    vectors, weights = (norm.weight, norm.bias), (conv.conv.weight, conv.conv.bias)
+    y = group_norm_silu_conv3d(x, norm.num_groups, *vectors, *weights, eps=norm.eps)
+    return y if residual is None else residual + y

@@ -13,6 +13,7 @@ from hunyuan_fast.ops.group_norm_silu import (
     group_norm_stats,
     merge_group_norm_stats,
 )
+from hunyuan_fast.ops.group_norm_silu_conv3d import group_norm_silu_conv3d
 from hunyuan_fast.ops.qk_norm_rope import qk_norm_rope
 from hunyuan_fast.ops.rope3d_attention import apply_rope3d, attention, rope3d_attention
 
@@ -26,6 +27,7 @@ __all__ = [
     "gate_residual_layer_norm_modulate",
     "gelu_tanh",
     "group_norm_silu",
+    "group_norm_silu_conv3d",
     "group_norm_stats",
     "layer_norm_modulate",
     "merge_group_norm_stats",

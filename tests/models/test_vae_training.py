@@ -1,4 +1,4 @@
-"""Gradients of the whole VAE: as exact as those of diffusers, and the same when blocks run twice."""
+"""Gradients of the whole VAE: as exact as those of diffusers, the same when blocks run twice."""
 
 from __future__ import annotations
 

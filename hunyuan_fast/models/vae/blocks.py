@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from hunyuan_fast.modules.causal_conv3d import CausalConv3d
+from hunyuan_fast.modules.causal_conv3d import CausalConv3d, normed_conv
 from hunyuan_fast.modules.frame_causal_attention import FrameCausalAttention
 from hunyuan_fast.modules.group_norm import GroupNormSiLU
 from hunyuan_fast.modules.resample import CausalDownsample, CausalUpsample
@@ -38,9 +38,9 @@ class ResnetBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(self.norm1(x))
+        hidden = normed_conv(self.norm1, self.conv1, x)
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return self.conv2(self.norm2(hidden), shortcut)
+        return normed_conv(self.norm2, self.conv2, hidden, shortcut)
 
 
 class MidBlock(nn.Module):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hunyuan_fast.models.vae.blocks import MidBlock, Run, UpBlock, plainly
 from hunyuan_fast.models.vae.config import VAEConfig
-from hunyuan_fast.modules.causal_conv3d import CausalConv3d
+from hunyuan_fast.modules.causal_conv3d import CausalConv3d, normed_conv
 from hunyuan_fast.modules.group_norm import GroupNormSiLU
 
 
@@ -40,4 +40,4 @@ class Decoder(nn.Module):
         x = run(self.mid_block, self.conv_in(x))
         for block in self.up_blocks:
             x = block(x, run)
-        return self.conv_out(self.conv_norm_out(x))
+        return normed_conv(self.conv_norm_out, self.conv_out, x)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hunyuan_fast.models.vae.blocks import DownBlock, MidBlock, Run, plainly
 from hunyuan_fast.models.vae.config import VAEConfig
-from hunyuan_fast.modules.causal_conv3d import CausalConv3d
+from hunyuan_fast.modules.causal_conv3d import CausalConv3d, normed_conv
 from hunyuan_fast.modules.group_norm import GroupNormSiLU
 
 
@@ -40,4 +40,4 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x, run)
-        return self.conv_out(self.conv_norm_out(run(self.mid_block, x)))
+        return normed_conv(self.conv_norm_out, self.conv_out, run(self.mid_block, x))
