@@ -69,6 +69,7 @@ class Pair:
             return Exactness(apart, scale)
         with in_float64(self.twin):
             exact = self.run(self.twin, function, x.double())
+        assert all(t.dtype == torch.float64 for t in exact)
         return Exactness(apart, scale, _largest(actual, exact), _largest(expected, exact))
 
     @staticmethod
