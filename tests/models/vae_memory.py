@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from hunyuan_fast.models.vae.posterior import DiagonalGaussian
 # Batch, frames, height and width of the clips of the tables.
 CLIP = (1, 17, 256, 256)
 REST = "rest"
+# Layers of a level, by the names that both classes have.
+_LAYER = re.compile(r"((?:en|de)coder\.(?:mid_block|\w+_blocks\.\d+))\.\w+\.\d+")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -62,8 +65,9 @@ def _tensors(tree: Any) -> list[Tensor]:
 def kept_bytes(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
     """Bytes that a call keeps for backward beyond the parameters, by the part that keeps them.
 
-    Parts are the levels and the middle of both halves. What several of them keep counts once, for
-    the first. Works on tensors without memory.
+    Parts are the levels and the middle of both halves, where their layers keep it themselves: what
+    checkpointing keeps for a layer is of no part. What several of them keep counts once, for the
+    first. Works on tensors without memory.
     """
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     seen: dict[int, Tensor] = {}
@@ -79,9 +83,10 @@ def kept_bytes(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
 
     handles = []
     for name, part in model.named_modules():
-        if name.endswith("mid_block") or name.rpartition(".")[0].endswith("_blocks"):
+        if layer := _LAYER.fullmatch(name):
+            level = layer[1]
             handles += [
-                part.register_forward_pre_hook(lambda *_, name=name: inside.append(name)),
+                part.register_forward_pre_hook(lambda *_, level=level: inside.append(level)),
                 part.register_forward_hook(lambda *_: inside.pop() and None),
             ]
     with saved_tensors_hooks(pack, lambda t: t):
