@@ -17,7 +17,7 @@ import torch
 from benchmarks.kit.resident import growth
 from hunyuan_fast.models import HunyuanVideoVAE
 from hunyuan_fast.models.vae.budget import read_bytes
-from hunyuan_fast.models.vae.plan import least_budget, plan_decode, plan_encode
+from hunyuan_fast.models.vae.planner import least_budget, plan_decode, plan_encode
 
 SIZES: dict[str, dict[str, Any]] = {
     "real": {},

@@ -175,7 +175,7 @@ def plan_round_trip(vae: "HunyuanVideoVAE", clip: "Tensor", budget: int) -> "tup
     Raises CommandError naming the least budget that works.
     """
     from hunyuan_fast.models.vae.budget import show_bytes
-    from hunyuan_fast.models.vae.plan import least_budget, plan_decode, plan_encode
+    from hunyuan_fast.models.vae.planner import least_budget, plan_decode, plan_encode
 
     config, weight = vae.config, next(vae.parameters())
     count, height, width, channels = clip.shape

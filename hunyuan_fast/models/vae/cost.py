@@ -10,6 +10,7 @@ import torch
 
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.layers import Half, Layer, Size, layers_of, sizes_of
+from hunyuan_fast.models.vae.strips import course, strips
 from hunyuan_fast.models.vae.workspace import Call, workspace
 
 # Blocks of the norms, small tensors, what the allocator keeps for itself.
@@ -22,6 +23,18 @@ class Work:
 
     busy: int
     arrived: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows of the largest of several strips, at every point of a chain, and the work of them all.
+
+    came, used: as for `strips.Course`; flops: additions and multiplications of all strips.
+    """
+
+    came: list[int]
+    used: list[int]
+    flops: float
 
 
 class Ledger:
@@ -39,8 +52,9 @@ class Ledger:
         self.sizes = sizes_of(self.layers, size)
         self.item, self._answers = dtype.itemsize, answers
         channels = [self.layers[0].inputs, *(layer.outputs for layer in self.layers)]
-        self.frame_bytes = [
-            c * h * w * self.item for c, (_, h, w) in zip(channels, self.sizes, strict=True)
+        self.heights = [height for _, height, _ in self.sizes]
+        self.row_bytes = [
+            c * width * self.item for c, (_, _, width) in zip(channels, self.sizes, strict=True)
         ]
 
     @property
@@ -54,7 +68,7 @@ class Ledger:
 
     def map_bytes(self, point: int) -> int:
         """Bytes of the map at a point."""
-        return self.frames(point) * self.frame_bytes[point]
+        return self.frames(point) * self.heights[point] * self.row_bytes[point]
 
     def inside(self, point: int) -> bool:
         """Whether the point lies within a residual block."""
@@ -76,30 +90,34 @@ class Ledger:
         shortcut = self.layers[index - 1].inputs if layer.shortcut else 0
         return values * layer.outputs * (taps * layer.inputs + shortcut)
 
-    def work(self, start: int, length: int, *, given: bool) -> list[Work]:
+    def work(self, start: int, length: int, *, given: bool, rows: Span | None = None) -> list[Work]:
         """What chunks of `length` frames take that go from `start` to each of the points after it.
 
         The attention is a way of its own, so the list ends with it. given: the chunks are read from
-        the caller's tensor.
+        the caller's tensor; rows: those of a strip, then the list ends with the strip's last point.
         """
         if self.layers[start].attends:
             return [self._attention(start, length)]
+        end = self.last if rows is None else start + len(rows.came) - 1
+        came = self.heights[start : end + 1] if rows is None else rows.came
+        used = came if rows is None else rows.used
         frames = min(length, self.frames(start))
-        own = frames * self.frame_bytes[start]
-        skip = frames * self.frame_bytes[start - 1] if self.inside(start) else 0
+        own = frames * self.row_bytes[start] * came[0]
+        skip = frames * self.row_bytes[start - 1] * came[0] if self.inside(start) else 0
         # stored frames of a chunk live beside their copy until it is complete
         peak = (own + skip) * (2 if frames > 1 or given else 1)
         states = held = 0
         found = []
-        for index in range(start, self.last):
+        for index in range(start, end):
             layer = self.layers[index]
             if layer.attends:
                 break
             made = self._made(layer, frames, self.frames(index + 1))
-            step, state = self._step(index, frames, made, own, skip)
+            result = made * self.row_bytes[index + 1] * came[index - start + 1]
+            step, state = self._step(index, frames, used[index - start], result, own, skip)
             peak, states = max(peak, held + step), states + state
             skip = own if layer.opens else 0 if layer.closes else skip
-            own = made * self.frame_bytes[index + 1]
+            own = result
             if made > length:
                 # pieces of it go on one by one, as views of the whole
                 held, own, made = held + own, 0, length
@@ -109,44 +127,55 @@ class Ledger:
             found.append(Work(peak + states + SLACK, arrived + states + SLACK))
         return found
 
+    def span(self, start: int, end: int, count: int) -> Span:
+        """What `count` strips take on their way from start to end, halos and all."""
+        layers, heights = self.layers[start:end], self.heights[start : end + 1]
+        ways = [course(layers, heights, rows) for rows in strips(heights[-1], count)]
+        came, used = (
+            [[stop - first for first, stop in column] for column in zip(*parts, strict=True)]
+            for parts in ([way.came for way in ways], [way.used for way in ways])
+        )
+        flops = 0.0
+        for index, height, made in zip(range(start, end), heights[1:], came[1:], strict=True):
+            flops += self.flops[index] * sum(made) / height
+        return Span([max(n) for n in came], [max(n) for n in used], flops)
+
     @staticmethod
     def _made(layer: Layer, frames: int, most: int) -> int:
         """Frames that come out of a layer for one chunk, at most."""
         made = frames * layer.factor[0] if layer.upsamples else -(-frames // layer.stride[0])
         return min(made, most)
 
-    def _step(self, index: int, frames: int, made: int, own: int, skip: int) -> tuple[int, int]:
+    def _step(
+        self, index: int, frames: int, rows: int, result: int, own: int, skip: int
+    ) -> tuple[int, int]:
         """Bytes at the busiest moment of one layer, and those it keeps between chunks.
 
-        own: bytes that are freed with the chunk, which is a view where there are none.
+        result: bytes that come out; own: those that are freed with the chunk, a view has none.
         """
-        layer, width = self.layers[index], frames * self.frame_bytes[index]
-        result = made * self.frame_bytes[index + 1]
+        layer, frame = self.layers[index], self.row_bytes[index] * rows
         past = 0
         if layer.kernel > 1:
             past = 1 if layer.factor[0] == 2 else layer.kernel - 1
-        state = past * self.frame_bytes[index]
-        peak = 0
+        peak, width = 0, frames * frame
         if layer.norm:
             peak = own + width + skip
             # the input stays for the sum of the block that begins here
             skip, own = own if layer.opens else skip, width
+        columns = self.sizes[index][2]
         if layer.shortcut:
             beside = Layer("", self.layers[index - 1].inputs, layer.outputs, kernel=1)
-            summand = self._workspace(beside, index, frames, 0, result)
-            peak, skip = max(peak, own + skip + result + summand), result
-        convolution = own + skip + result + self._workspace(layer, index, frames, past, result)
-        # where time is halved the frames kept vary: those of before live beside the new ones
-        changing = state if layer.stride[0] > 1 else 0
-        return max(peak, convolution + changing), state
-
-    def _workspace(self, layer: Layer, index: int, frames: int, past: int, result: int) -> int:
-        _, rows, columns = self.sizes[index]
+            call = Call(beside, self.item, frames, 0, rows, columns, result)
+            peak = max(peak, own + skip + result + workspace(call, self._answers))
+            skip = result
         call = Call(layer, self.item, frames, past, rows, columns, result)
-        return workspace(call, self._answers)
+        convolution = own + skip + result + workspace(call, self._answers)
+        # where time is halved the frames kept vary: those of before live beside the new ones
+        changing = past * frame if layer.stride[0] > 1 else 0
+        return max(peak, convolution + changing), past * frame
 
     def _attention(self, index: int, length: int) -> Work:
         """Keys and values of the whole map, and a chunk between its norm and its sum."""
-        chunk = min(length, self.frames(index)) * self.frame_bytes[index]
+        chunk = min(length, self.frames(index)) * self.map_bytes(index) // self.frames(index)
         whole = 2 * self.map_bytes(index) + SLACK
         return Work(whole + 8 * chunk, whole + chunk)

@@ -14,7 +14,8 @@ from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.decoder import Decoder
 from hunyuan_fast.models.vae.encoder import Encoder
 from hunyuan_fast.models.vae.inputs import check_budget, check_latents, check_video, check_whole
-from hunyuan_fast.models.vae.plan import Plan, plan_decode, plan_encode
+from hunyuan_fast.models.vae.plan import Plan
+from hunyuan_fast.models.vae.planner import plan_decode, plan_encode
 from hunyuan_fast.models.vae.posterior import DiagonalGaussian
 from hunyuan_fast.models.vae.streaming import Progress, stream
 from hunyuan_fast.models.vae.tiling import PRESETS, Tiling, latent_window, map_tiles, pixel_window
