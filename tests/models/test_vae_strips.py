@@ -92,7 +92,7 @@ def test_strips_give_the_whole_clip(generator, poison, batch, frames, height, wi
         for budget in (least, SLACK + 2 * (least - SLACK), PLENTY):
             plan = planned(vae.config, x.shape, torch.float32, budget)
             found = stream(vae, in_strips(plan, count, length), x)
-            torch.testing.assert_close(found, whole, atol=2e-5, rtol=0)
+            torch.testing.assert_close(found, whole, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("half", ["encode", "decode"])
@@ -111,7 +111,7 @@ def test_strips_keep_to_the_plan(generator, half):
         with LiveBytes() as used:
             found = stream(vae, plan, x)
         assert 0.5 * (plan.peak - SLACK) < used.peak <= plan.peak - SLACK
-        torch.testing.assert_close(found, whole, atol=2e-5, rtol=0)
+        torch.testing.assert_close(found, whole, atol=5e-5, rtol=0)
     assert len(counts) > 2 and "in up to" in plan.summary()
 
 

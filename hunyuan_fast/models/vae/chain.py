@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from hunyuan_fast.models.vae.layers import Layer
-from hunyuan_fast.ops import causal_conv3d, group_norm_silu, upsample_causal_conv3d
+from hunyuan_fast.ops import (
+    causal_conv3d,
+    group_norm_affine,
+    group_norm_silu,
+    upsample_causal_conv3d,
+)
+from hunyuan_fast.ops.causal_conv3d import fuses_norm
+
+_UNKNOWN = "a norm was applied before its statistics were known"
 
 
 @dataclass
@@ -49,6 +57,7 @@ class Convolution:
         self._shortcut = (
             cast(nn.Conv3d, vae.get_submodule(layer.shortcut)) if layer.shortcut else None
         )
+        self._vectors: tuple[Tensor, Tensor] | None = None
         self._past: Tensor | None = None
         self._seen = self._made = 0
 
@@ -58,7 +67,7 @@ class Convolution:
         if self._layer.opens:
             chunk.skip = x
         if self._norm is not None:
-            x = normed(x, self._norm, self._stats)
+            x = self._normed(x, self._norm)
         summand = None
         if self._layer.closes:
             summand, chunk.skip = chunk.skip, None
@@ -66,6 +75,15 @@ class Convolution:
             if self._shortcut is not None:
                 summand = causal_conv3d(summand, self._shortcut.weight, self._shortcut.bias)
         chunk.x = self._convolved(x, summand)
+
+    def _normed(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
+        """x with its norm applied, or x where the convolution does that, to past frames too."""
+        if not fuses_norm(x, self._conv.weight):
+            return normed(x, norm, self._stats)
+        if self._vectors is None:
+            assert self._stats is not None, _UNKNOWN
+            self._vectors = group_norm_affine(self._stats, norm.weight, norm.bias, eps=norm.eps)
+        return x
 
     def _convolved(self, x: Tensor, summand: Tensor | None) -> Tensor:
         weight, bias, layer = self._conv.weight, self._conv.bias, self._layer
@@ -83,7 +101,17 @@ class Convolution:
             return x.new_empty(1, layer.outputs, 0, 1, 1)
         made = frames - 1 if past is None else before + frames - layer.kernel
         self._made += made // step + 1
-        y = causal_conv3d(x, weight, bias, stride=layer.stride, past=past, residual=summand)
+        scale, shift = self._vectors or (None, None)
+        y = causal_conv3d(
+            x,
+            weight,
+            bias,
+            stride=layer.stride,
+            past=past,
+            scale=scale,
+            shift=shift,
+            residual=summand,
+        )
         self._remember(x, self._seen + layer.kernel - 1 - step * self._made)
         return y
 
@@ -108,7 +136,8 @@ class Convolution:
 
 
 def normed(x: Tensor, norm: nn.GroupNorm, stats: Tensor | None, *, silu: bool = True) -> Tensor:
-    assert stats is not None, "a norm was applied before its statistics were known"
+    """The norm of x by the statistics of its clip."""
+    assert stats is not None, _UNKNOWN
     return group_norm_silu(
         x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=silu, stats=stats
     )

@@ -11,7 +11,7 @@ import torch
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.layers import Half, Layer, Size, layers_of, sizes_of
 from hunyuan_fast.models.vae.strips import course, strips
-from hunyuan_fast.models.vae.workspace import Call, workspace
+from hunyuan_fast.models.vae.workspace import Call, fuses_norm, workspace
 
 # Blocks of the norms, small tensors, what the allocator keeps for itself.
 SLACK = 32 << 20
@@ -158,7 +158,7 @@ class Ledger:
         if layer.kernel > 1:
             past = 1 if layer.factor[0] == 2 else layer.kernel - 1
         peak, width = 0, frames * frame
-        if layer.norm:
+        if layer.norm and not fuses_norm(self._answers):
             peak = own + width + skip
             # the input stays for the sum of the block that begins here
             skip, own = own if layer.opens else skip, width

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from hunyuan_fast.dispatch import select
+from hunyuan_fast.dispatch import implementations, select
 from hunyuan_fast.models.vae.layers import Layer
 
 # Below this the library's convolution stacks the taps on the CPU and runs in 2D.
@@ -22,6 +23,12 @@ def answering(dtype: torch.dtype, device: torch.device) -> str:
     x = torch.empty((1, 1, 1, 1, 1), dtype=dtype, device=device)
     chosen = select("causal_conv3d", x, x, None, (1, 1, 1), None, None)
     return chosen.__name__.rpartition(".")[2]
+
+
+@cache
+def fuses_norm(answers: str) -> bool:
+    """Whether that implementation applies a norm on its way, so that no normed map exists."""
+    return bool(getattr(implementations("causal_conv3d").get(answers), "FUSES_NORM", False))
 
 
 @dataclass(frozen=True)
@@ -63,14 +70,8 @@ def workspace(call: Call, answers: str) -> int:
 
 
 def _by_index(call: Call) -> int:
-    """Only kernels: packed for the multiplication, taps that see the same frame added up before.
-
-    An upsampling one is split into those of its phases, from those of one axis less.
-    """
-    if call.layer.upsamples:
-        return 5 * call.weights
-    packed = call.weights * max(1, _BLOCK // call.layer.outputs)
-    return 2 * packed if call.layer.kernel > 1 else packed
+    """Only kernels, each in its turn in the same memory: packed for the multiplication."""
+    return call.weights * max(1, _BLOCK // call.layer.outputs)
 
 
 def _padded(call: Call) -> int:
