@@ -2,6 +2,9 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "causal_conv3d/cpu.h"
 #include "common/check.h"
@@ -15,6 +18,7 @@ namespace hunyuan_fast::causal_conv3d {
 namespace {
 
 using Triple = std::array<int64_t, 3>;
+using Spans = std::vector<std::pair<int64_t, int64_t>>;
 
 Size size_of(Triple const& t) { return {t[0], t[1], t[2]}; }
 Size size_of(TensorView const& map) { return {map.size[2], map.size[3], map.size[4]}; }
@@ -69,27 +73,55 @@ Params params_of(TensorView const& x, TensorView const& past, TensorView const& 
     return p;
 }
 
+// (B, C).
+float const* vectors_of(TensorView const& t, char const* name, Params const& p) {
+    check(t, name, 2);
+    HUNYUAN_CHECK(t.size[0] == p.B && t.size[1] == p.C && t.is_contiguous(), name, " must be (", p.B, ", ", p.C,
+                  "), contiguous, got ", t.shape());
+    return t.as<float>();
+}
+
 int64_t packed_size(int64_t O, int64_t C, Triple const& kernel) {
-    Packing const packing = packing_cpu(O);
+    Packing const packing = packing_cpu(O, C);
     return packing.blocks * packing.lanes * C * size_of(kernel).count();
 }
 
-// weight (O, C, KT, KH, KW) of any strides into packed, of packed_size elements.
-void pack(TensorView const& weight, TensorView const& packed, int num_threads) {
+std::vector<Span> spans_of(Spans const& given, int64_t taps, int64_t& most) {
+    std::vector<Span> spans;
+    int64_t within = 0;
+    for (auto const& [begin, end] : given) {
+        HUNYUAN_CHECK(0 <= begin && begin < end && end <= taps, "a span must lie within ", taps, " taps, got [", begin,
+                      ", ", end, ")");
+        spans.push_back({begin, end});
+        within += end - begin;
+    }
+    most *= within;
+    return spans;
+}
+
+// weight (O, C, KT, KH, KW) of any strides into packed, of packed_size elements: a kernel with a tap for each span of
+// each axis, the sum of the taps within.
+void pack(TensorView const& weight, std::array<Spans, 3> const& spans, TensorView const& packed, int num_threads) {
     check(weight, "weight", 5);
     check(packed, "packed", 1);
+    auto const& [s, size] = std::tie(weight.stride, weight.size);
+    Weights w{weight.as<float>(), s[0], s[1], s[2], s[3], s[4], {}, {}, {}};
+    int64_t most = 1;
+    w.t = spans_of(spans[0], size[2], most);
+    w.h = spans_of(spans[1], size[3], most);
+    w.w = spans_of(spans[2], size[4], most);
+    HUNYUAN_CHECK(most <= 27, "spans have at most 27 taps in all, got ", most);
+    Triple const kernel{int64_t(w.t.size()), int64_t(w.h.size()), int64_t(w.w.size())};
     Params p;
-    p.O = weight.size[0], p.C = weight.size[1], p.kernel = size_of(weight);
-    HUNYUAN_CHECK(packed.is_contiguous() &&
-                      packed.numel() == packed_size(p.O, p.C, {p.kernel.t, p.kernel.h, p.kernel.w}),
+    p.O = size[0], p.C = size[1], p.kernel = size_of(kernel);
+    HUNYUAN_CHECK(packed.is_contiguous() && packed.numel() == packed_size(p.O, p.C, kernel),
                   "packed does not fit the weight: ", packed.shape());
-    auto const& s = weight.stride;
-    pack_cpu(p, {weight.as<float>(), s[0], s[1], s[2], s[3], s[4]}, packed.as<float>(), num_threads);
+    pack_cpu(p, w, packed.as<float>(), num_threads);
 }
 
 void forward(TensorView const& x, TensorView const& past, TensorView const& packed, TensorView const& bias,
-             TensorView const& residual, TensorView const& y, Triple const& kernel, Triple const& stride,
-             Triple const& origin, int num_threads) {
+             TensorView const& scale, TensorView const& shift, TensorView const& residual, TensorView const& y,
+             Triple const& kernel, Triple const& stride, Triple const& origin, int num_threads) {
     check(y, "y", 5);
     int64_t const O = y.size[1];
     Params p = params_of(x, past, y, residual, O, kernel, stride, origin);
@@ -102,6 +134,11 @@ void forward(TensorView const& x, TensorView const& past, TensorView const& pack
         HUNYUAN_CHECK(bias.size[0] == O && bias.is_contiguous(), "bias must be (", O, ",), got ", bias.shape());
         p.bias = bias.as<float>();
     }
+    HUNYUAN_CHECK(scale.given() == shift.given(), "scale and shift go together");
+    if (scale.given()) {
+        p.scale = vectors_of(scale, "scale", p);
+        p.shift = vectors_of(shift, "shift", p);
+    }
     run_cpu(p, num_threads);
 }
 
@@ -109,6 +146,7 @@ void forward(TensorView const& x, TensorView const& past, TensorView const& pack
 
 HUNYUAN_FAST_BIND(causal_conv3d, m) {
     using release_gil = py::call_guard<py::gil_scoped_release>;
+    m.def("causal_conv3d_prefer_huge_pages", &prefer_huge_pages);
     m.def("causal_conv3d_packed_size_cpu", &packed_size);
     m.def("causal_conv3d_pack_cpu", &pack, release_gil());
     m.def("causal_conv3d_forward_cpu", &forward, release_gil());

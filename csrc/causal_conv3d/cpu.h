@@ -9,13 +9,15 @@ namespace hunyuan_fast::causal_conv3d {
 constexpr int64_t kTile = 192;
 
 Boxes boxes_of(Size const& out);
+// Frames, rows and columns that a box reads at most.
+Size window_of(Params const& params);
 
 struct CpuKernels {
-    Packing (*packing)(int64_t O);
+    Packing (*packing)(int64_t O, int64_t C);
     // Packs blocks [begin, end).
     void (*pack)(Params const&, Weights const&, float* packed, int64_t begin, int64_t end);
-    // Computes boxes [begin, end) of all samples.
-    void (*run_boxes)(Params const&, int64_t begin, int64_t end);
+    // Computes boxes [begin, end) of all samples; room: for a window's values where x is activated, else null.
+    void (*run_boxes)(Params const&, int64_t begin, int64_t end, float* room);
 };
 
 // One table per instruction set; the first two exist where HUNYUAN_FAST_X86 is defined.
@@ -23,7 +25,7 @@ CpuKernels const& avx512_kernels();
 CpuKernels const& avx2_kernels();
 CpuKernels const& plain_kernels();
 
-Packing packing_cpu(int64_t O);
+Packing packing_cpu(int64_t O, int64_t C);
 void pack_cpu(Params const& params, Weights const& weights, float* packed, int num_threads);
 void run_cpu(Params const& params, int num_threads);
 

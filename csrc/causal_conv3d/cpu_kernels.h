@@ -5,32 +5,52 @@
 // strides and the ends of rows cost nothing where the arithmetic is, and no padded copy is ever made.
 #pragma once
 
-#include "causal_conv3d/cpu.h"
-#include "common/simd.h"
+#include "causal_conv3d/narrow.h"
+#include "causal_conv3d/tile.h"
 
 namespace hunyuan_fast::causal_conv3d::HUNYUAN_FAST_ISA {
 
-using namespace hunyuan_fast::HUNYUAN_FAST_ISA;
-
-// Vectors of outputs in a full block, and positions in a group: with AVX-512 24 of the 32 registers hold sums,
-// else 12 of 16. Narrow blocks take more positions, for a register is free for its next sum after some cycles.
-constexpr int kVectors = kLanes == 16 ? 4 : 2;
-constexpr int rows_for(int vectors) { return vectors == kVectors ? 6 : 8; }
-constexpr int64_t kMaxTaps = 27;
 // Multiplications per sum before it goes back to the cache: weights for so many are kept near meanwhile.
 // Sums of so many are added to each other, which loses fewer digits than one long sum.
 constexpr int64_t kDepth = 256;
 
-// Vectors per block: as few as hold O, so that a convolution to pixels does not compute mostly zeros.
+// Vectors per block: as few as hold O, so that few of the products are with zeros.
 inline int vectors_for(int64_t O) {
     int vectors = 1;
     while (vectors < kVectors && vectors * kLanes < O) vectors *= 2;
     return vectors;
 }
 
-inline Packing packing(int64_t O) {
+inline Packing packing(int64_t O, int64_t C) {
+    if (is_narrow(O, C)) return {1, O};
     int64_t const lanes = vectors_for(O) * kLanes;
     return {lanes, (O + lanes - 1) / lanes};
+}
+
+// Where the taps of a weight lie that are added up to one tap of the kernel: [first[tap], first[tap + 1]) of `at`.
+struct Sums {
+    int64_t at[kMaxTaps];
+    int64_t first[kMaxTaps + 1] = {};
+};
+
+inline Sums sums_of(Weights const& w) {
+    Sums sums;
+    int64_t tap = 0, n = 0;
+    for (Span const& t : w.t) {
+        for (Span const& h : w.h) {
+            for (Span const& k : w.w) {
+                for (int64_t i = t.begin; i < t.end; ++i) {
+                    for (int64_t j = h.begin; j < h.end; ++j) {
+                        for (int64_t l = k.begin; l < k.end; ++l) {
+                            sums.at[n++] = i * w.stride_t + j * w.stride_h + l * w.stride_w;
+                        }
+                    }
+                }
+                sums.first[++tap] = n;
+            }
+        }
+    }
+    return sums;
 }
 
 // The taps of a weight are adjacent in most layouts, while the packed ones lie far apart: some channels at a time are
@@ -40,116 +60,41 @@ inline void pack(Params const& p, Weights const& w, float* packed, int64_t begin
     constexpr int64_t kRun = kChannels * kVectors * kLanes;
     static_assert(kRun % 64 == 0, "the runs below are kept a cache line apart from a power of two");
     float buffer[kMaxTaps][kRun + 16];
-    int64_t const lanes = packing(p.O).lanes;
+    Sums const sums = sums_of(w);
+    int64_t const taps = p.kernel.count();
+    int64_t const lanes = packing(p.O, p.C).lanes;
     int64_t const of_tap = p.C * lanes;
     for (int64_t block = begin; block < end; ++block) {
-        float* const first = packed + block * p.kernel.count() * of_tap;
+        float* const first = packed + block * taps * of_tap;
         for (int64_t c = 0; c < p.C; c += kChannels) {
             int64_t const channels = p.C - c < kChannels ? p.C - c : kChannels;
             for (int64_t i = 0; i < lanes; ++i) {
                 int64_t const o = block * lanes + i;
                 for (int64_t j = 0; j < channels; ++j) {
-                    float const* from = w.data + o * w.stride_o + (c + j) * w.stride_c;
-                    int64_t tap = 0;
-                    for (int64_t t = 0; t < p.kernel.t; ++t) {
-                        for (int64_t h = 0; h < p.kernel.h; ++h) {
-                            for (int64_t k = 0; k < p.kernel.w; ++k, ++tap) {
-                                int64_t const at = t * w.stride_t + h * w.stride_h + k * w.stride_w;
-                                buffer[tap][j * lanes + i] = o < p.O ? from[at] : 0.0f;
-                            }
+                    float const* const from = w.data + o * w.stride_o + (c + j) * w.stride_c;
+                    for (int64_t tap = 0; tap < taps; ++tap) {
+                        float sum = 0.0f;
+                        for (int64_t n = sums.first[tap]; o < p.O && n < sums.first[tap + 1]; ++n) {
+                            sum += from[sums.at[n]];
                         }
+                        buffer[tap][j * lanes + i] = sum;
                     }
                 }
             }
-            for (int64_t tap = 0; tap < p.kernel.count(); ++tap) {
+            for (int64_t tap = 0; tap < taps; ++tap) {
                 std::memcpy(first + tap * of_tap + c * lanes, buffer[tap], size_t(channels * lanes) * sizeof(float));
             }
         }
     }
 }
 
-inline int64_t clamp(int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
-
-// A box: where its positions are written, and what each tap reads for each of them.
-struct Tile {
-    int64_t count = 0;
-    int64_t offset_y[kTile];
-    int64_t offset_residual[kTile];
-    // [tap][position]
-    float const* inputs[kMaxTaps][kTile];
-    alignas(64) float sums[kTile * kVectors * kLanes];
-};
-
-inline int64_t offset(Map const& map, int64_t b, int64_t t, int64_t h, int64_t w) {
-    return b * map.stride_b + t * map.stride_t + h * map.stride_h + w * map.stride_w;
-}
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Frame t of a sample, and the strides within it.
-inline Map frame_of(Params const& p, int64_t b, int64_t t) {
-    bool const in_past = t < 0 && p.past.data;
-    Map frame = in_past ? p.past : p.x;
-    int64_t const at = in_past ? clamp(t + p.past_frames, p.past_frames) : clamp(t, p.in.t);
-    frame.data += b * frame.stride_b + at * frame.stride_t;
-    return frame;
-}
-
-// Output positions [begin, end) of a sample.
-struct Range {
-    int64_t b;
-    Size begin;
-    Size end;
-};
-
-inline Range range_of(Params const& p, int64_t index) {
-    auto const [box, number] = boxes_of(p.out);
-    Range r;
-    r.b = index / number.count();
-    r.begin.t = index / (number.h * number.w) % number.t * box.t;
-    r.begin.h = index / number.w % number.h * box.h;
-    r.begin.w = index % number.w * box.w;
-    r.end = {least(r.begin.t + box.t, p.out.t), least(r.begin.h + box.h, p.out.h), least(r.begin.w + box.w, p.out.w)};
-    return r;
-}
-
-// What a tap of offset (kt, kh, kw) reads for each position of the range.
-inline void read_at(Params const& p, Range const& r, int64_t kt, int64_t kh, int64_t kw, float const** inputs) {
-    for (int64_t t = r.begin.t; t < r.end.t; ++t) {
-        Map const frame = frame_of(p, r.b, t * p.stride.t + kt - p.origin.t);
-        int64_t columns[kTile];
-        int64_t const width = r.end.w - r.begin.w;
-        for (int64_t i = 0; i < width; ++i) {
-            columns[i] = clamp((r.begin.w + i) * p.stride.w + kw - p.origin.w, p.in.w) * frame.stride_w;
-        }
-        for (int64_t h = r.begin.h; h < r.end.h; ++h, inputs += width) {
-            float const* const row = frame.data + clamp(h * p.stride.h + kh - p.origin.h, p.in.h) * frame.stride_h;
-            for (int64_t i = 0; i < width; ++i) inputs[i] = row + columns[i];
-        }
-    }
-}
-
-inline void lay_out(Params const& p, int64_t index, Tile& tile) {
-    Range const r = range_of(p, index);
-    tile.count = 0;
-    for (int64_t t = r.begin.t; t < r.end.t; ++t) {
-        for (int64_t h = r.begin.h; h < r.end.h; ++h) {
-            for (int64_t w = r.begin.w; w < r.end.w; ++w, ++tile.count) {
-                tile.offset_y[tile.count] = offset(p.y, r.b, t, h, w);
-                tile.offset_residual[tile.count] = offset(p.residual, r.b, t, h, w);
-            }
-        }
-    }
-    int64_t tap = 0;
-    for (int64_t kt = 0; kt < p.kernel.t; ++kt) {
-        for (int64_t kh = 0; kh < p.kernel.h; ++kh) {
-            for (int64_t kw = 0; kw < p.kernel.w; ++kw, ++tap) {
-                float const** const inputs = tile.inputs[tap];
-                read_at(p, r, kt, kh, kw, inputs);
-                // groups are whole: what is beyond the last position reads what that one does
-                for (int64_t i = tile.count; i < least(tile.count + 8, kTile); ++i) inputs[i] = inputs[tile.count - 1];
-            }
-        }
+// Adds the products with the weights of one channel.
+template <int kV>
+inline void add(float const* const* x, int64_t c, float const* w, Vec (*sums)[kV]) {
+    Vec weights[kV];
+    for (int v = 0; v < kV; ++v) weights[v] = load_as<Vec>(w + v * kLanes);
+    for (int r = 0; r < rows_for(kV); ++r) {
+        for (int v = 0; v < kV; ++v) sums[r][v] += x[r][c] * weights[v];
     }
 }
 
@@ -157,23 +102,25 @@ inline void lay_out(Params const& p, int64_t index, Tile& tile) {
 template <int kV>
 inline void group(Tile& tile, int64_t i, int64_t tap, int64_t last, int64_t C, float const* w) {
     constexpr int kRows = rows_for(kV);
-    Vec sums[kRows][kV] = {};
+    // Two sums of every other channel where one would wait for itself.
+    constexpr int kParts = kV == 1 ? 2 : 1;
+    Vec sums[kParts][kRows][kV] = {};
     for (; tap < last; ++tap) {
         float const* x[kRows];
         for (int r = 0; r < kRows; ++r) x[r] = tile.inputs[tap][i + r];
-        for (int64_t c = 0; c < C; ++c, w += kV * kLanes) {
-            Vec weights[kV];
-            for (int v = 0; v < kV; ++v) weights[v] = load_as<Vec>(w + v * kLanes);
-            for (int r = 0; r < kRows; ++r) {
-                for (int v = 0; v < kV; ++v) sums[r][v] += x[r][c] * weights[v];
-            }
+        int64_t c = 0;
+        for (; c + kParts <= C; c += kParts) {
+            for (int part = 0; part < kParts; ++part, w += kV * kLanes) add<kV>(x, c + part, w, sums[part]);
         }
+        for (; c < C; ++c, w += kV * kLanes) add<kV>(x, c, w, sums[0]);
     }
     float* const kept = tile.sums + i * kV * kLanes;
     for (int r = 0; r < kRows; ++r) {
         for (int v = 0; v < kV; ++v) {
             float* const at = kept + (r * kV + v) * kLanes;
-            store_as(at, load_as<Vec>(at) + sums[r][v]);
+            Vec sum = sums[0][r][v];
+            for (int part = 1; part < kParts; ++part) sum += sums[part][r][v];
+            store_as(at, load_as<Vec>(at) + sum);
         }
     }
 }
@@ -216,10 +163,15 @@ void run_blocks(Params const& p, Tile& tile) {
     }
 }
 
-inline void run_boxes(Params const& p, int64_t begin, int64_t end) {
+inline void run_boxes(Params const& p, int64_t begin, int64_t end, float* room) {
     Tile tile;
+    Window window(room);
     for (int64_t each = begin; each < end; ++each) {
-        lay_out(p, each, tile);
+        lay_out(p, each, window, tile);
+        if (is_narrow(p.O, p.C)) {
+            run_narrow(p, tile);
+            continue;
+        }
         switch (vectors_for(p.O)) {
             case 1: run_blocks<1>(p, tile); break;
             case 2: run_blocks<2>(p, tile); break;

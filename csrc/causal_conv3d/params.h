@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace hunyuan_fast::causal_conv3d {
 
@@ -40,6 +41,8 @@ struct Params {
     Map residual;                   // null: none
     float const* weights = nullptr;  // packed, see Packing
     float const* bias = nullptr;     // (O,), or null
+    float const* scale = nullptr;    // (B, C), or null: x and past are read as they are,
+    float const* shift = nullptr;    // else as silu(x * scale + shift)
 };
 
 // Boxes of output positions that are worked on together, and how many of them fill a sample. A box that is about as
@@ -50,13 +53,19 @@ struct Boxes {
 };
 
 // Weights in the order in which a kernel reads them: blocks of `lanes` outputs, (blocks, taps, C, lanes), zero
-// beyond O.
+// beyond O. Blocks of one output are read by vectors of channels.
 struct Packing {
     int64_t lanes = 0;
     int64_t blocks = 0;
 };
 
-// weight(o, c, k): any strides.
+// Taps [begin, end) along one axis.
+struct Span {
+    int64_t begin = 0;
+    int64_t end = 0;
+};
+
+// weight(o, c, k): any strides. A tap of the kernel is the sum of those in a span of each axis.
 struct Weights {
     float const* data = nullptr;
     int64_t stride_o = 0;
@@ -64,6 +73,9 @@ struct Weights {
     int64_t stride_t = 0;
     int64_t stride_h = 0;
     int64_t stride_w = 0;
+    std::vector<Span> t;
+    std::vector<Span> h;
+    std::vector<Span> w;
 };
 
 }  // namespace hunyuan_fast::causal_conv3d

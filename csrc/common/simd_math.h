@@ -62,4 +62,16 @@ inline Vec exp2_of_product(Vec a, Vec b) {
 #endif
 }
 
+constexpr float kLog2E = 1.4426950408889634f;
+// e^-z is infinite or zero in fp32 beyond it.
+constexpr float kExpBound = 120.0f;
+
+// z / (1 + e^-z).
+template <bool kFor16Bits>
+inline Vec silu(Vec z) {
+    // As numerator, so that -inf gives -120 / inf.
+    Vec const low = at_least(z, -kExpBound);
+    return low / (1.0f + exp2_of_product<kFor16Bits>(at_most(low, kExpBound), Vec{} - kLog2E));
+}
+
 }  // namespace hunyuan_fast::HUNYUAN_FAST_ISA

@@ -12,9 +12,6 @@ namespace hunyuan_fast::group_norm_silu::HUNYUAN_FAST_ISA {
 
 using namespace hunyuan_fast::HUNYUAN_FAST_ISA;
 
-constexpr float kLog2E = 1.4426950408889634f;
-// e^-z is infinite or zero in fp32 beyond it.
-constexpr float kBound = 120.0f;
 // Part of a chunk that the centre is taken from. A mean of one value in eight lies within sqrt(8) deviations of that
 // of all of them, whatever the values are: the squares about it lose three bits at most.
 constexpr int64_t kCentreShare = 8;
@@ -22,17 +19,10 @@ constexpr int64_t kCentreShare = 8;
 template <class T>
 constexpr bool kOf16Bits = sizeof(typename T::Storage) == 2;
 
-template <class T>
-inline Vec silu(Vec z) {
-    // As numerator, so that -inf gives -120 / inf.
-    Vec const low = at_least(z, -kBound);
-    return low / (1.0f + exp2_of_product<kOf16Bits<T>>(at_most(low, kBound), Vec{} - kLog2E));
-}
-
 // The derivative, with s = 1 / (1 + e^-|z|) and c = 1 - s, neither of which cancels.
 template <class T>
 inline Vec silu_slope(Vec z) {
-    Vec const w = at_most(absolute(z), kBound);
+    Vec const w = at_most(absolute(z), kExpBound);
     Vec const e = exp2_of_product<kOf16Bits<T>>(w, Vec{} - kLog2E);
     Vec const s = 1.0f / (1.0f + e);
     Vec const c = e * s;
@@ -166,7 +156,7 @@ void forward(ForwardParams const& p, int64_t begin, int64_t end) {
         for_each_pair_of_periods(s.count, p.sizes.period, [&](int64_t i, int64_t e, auto elements) {
             Pair const c = load(T{}, x + i, elements) - affine.centre.load(e, elements);
             Pair const z = affine(c, e, elements);
-            write(T{}, y + i, kSilu ? Pair{silu<T>(z.a), silu<T>(z.b)} : z, elements, streams);
+            write(T{}, y + i, kSilu ? Pair{silu<kOf16Bits<T>>(z.a), silu<kOf16Bits<T>>(z.b)} : z, elements, streams);
         });
     }
     if (p.streams) finish_streams();

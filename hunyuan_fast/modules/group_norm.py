@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hunyuan_fast.ops import group_norm_silu
+from hunyuan_fast.ops import group_norm_affine, group_norm_silu, group_norm_stats
 
 
 class GroupNorm(nn.GroupNorm):
@@ -26,6 +26,12 @@ class GroupNorm(nn.GroupNorm):
             silu=self.silu,
             stats=stats,
         )
+
+    def scale_and_shift(self, x: Tensor, stats: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, C) each: the norm of x, or by the statistics of its clip, without a gradient."""
+        if stats is None:
+            stats = group_norm_stats(x, self.num_groups)
+        return group_norm_affine(stats, self.weight, self.bias, eps=self.eps)
 
 
 class GroupNormSiLU(GroupNorm):

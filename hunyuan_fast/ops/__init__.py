@@ -9,6 +9,7 @@ from hunyuan_fast.ops.fused_modulation import (
 )
 from hunyuan_fast.ops.gelu_tanh import concat_gelu_tanh, gelu_tanh
 from hunyuan_fast.ops.group_norm_silu import (
+    group_norm_affine,
     group_norm_silu,
     group_norm_stats,
     merge_group_norm_stats,
@@ -26,6 +27,7 @@ __all__ = [
     "gate_residual",
     "gate_residual_layer_norm_modulate",
     "gelu_tanh",
+    "group_norm_affine",
     "group_norm_silu",
     "group_norm_silu_conv3d",
     "group_norm_stats",

@@ -63,6 +63,20 @@ def causal_conv3d(
     return _forward(x, weight, bias, past, *stride, scale, shift, residual)
 
 
+def fuses_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether `causal_conv3d` of this map had better be given scale and shift than a normed map.
+
+    True at inference where the implementation that answers applies them as it reads, for little or
+    nothing; others make a map of their own, which the norm's own op does faster.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
+        return False
+    implementation = select(_ROOM, x, weight, None, _ONES, None, None)
+    return bool(getattr(implementation, "FUSES_NORM", False))
+
+
 def upsample_causal_conv3d(
     x: Tensor,
     weight: Tensor,

@@ -81,6 +81,39 @@ def merge_group_norm_stats(parts: Sequence[Tensor]) -> Tensor:
     return merge(parts)
 
 
+def group_norm_affine(
+    stats: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """The group norm as ``x * scale + shift``: both (B, C), fp32, or float64 for such a weight.
+
+    stats: (3, B, G) as :func:`group_norm_stats` makes them; weight, bias: (C,); eps: as in
+        :func:`group_norm_silu`. For ``causal_conv3d(x, ..., scale=scale, shift=shift)``.
+
+    A mean of m deviations costs log2(m) bits of x, as in torch's group norm; not so in
+    :func:`group_norm_silu`, which centres first. There is no gradient.
+    """
+    _check_stats("stats", stats)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        _check_tensor(name, vector)
+        if vector.dim() != 1 or not len(vector) or len(vector) % stats.shape[2]:
+            raise ValueError(
+                f"{name} must be (C,) with C a multiple of G = {stats.shape[2]}, got shape "
+                f"{tuple(vector.shape)}"
+            )
+    if weight.shape != bias.shape:
+        raise ValueError(
+            f"bias must be like weight, {tuple(weight.shape)}, got {tuple(bias.shape)}"
+        )
+    with torch.no_grad():
+        count, mean, squares = stats
+        share = len(weight) // stats.shape[2]
+        deviation = (squares / count.clamp_min(1) + eps).rsqrt()
+        scale = deviation.repeat_interleave(share, 1) * weight
+        shift = bias - mean.repeat_interleave(share, 1) * scale
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return scale.to(dtype), shift.to(dtype)
+
+
 def _forward_kernel(
     x: Tensor,
     num_groups: int,

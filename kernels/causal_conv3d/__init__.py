@@ -20,7 +20,8 @@ in 16 bits are made in fp32 and rounded once.
 
 Inference has a prologue and an epilogue: with ``scale`` and ``shift`` (B, C), z comes of
 silu(x * scale + shift) instead of x, computed in fp32 and rounded to the dtype of x, and of past
-alike; ``residual``, of the shape of y, is added to y.
+alike; ``residual``, of the shape of y, is added to y. An implementation for which scale and shift
+cost less than a norm in a call of its own says ``FUSES_NORM = True``.
 
     forward(x, weight, bias, stride, past, factor, scale=None, shift=None, residual=None) -> y
         x (B, C, T, H, W) of any strides; weight (O, C, KT, KH, KW), KH and KW odd, all three 3 with

@@ -5,10 +5,16 @@ outputs (a, b + c), which begin one pixel before the output's own, for odd ones 
 begin at it.
 """
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
 Factor = tuple[int, int, int]
+# First tap and the one behind the last of those that are added up, for each tap of a kernel.
+Spans = tuple[tuple[int, int], ...]
+_EVEN: Spans = ((0, 1), (1, 3))
+_ODD: Spans = ((0, 2), (2, 3))
 _AXES = (2, 3, 4)  # of time, rows and columns
 
 
@@ -35,6 +41,24 @@ def phase_weights(weight: Tensor, factor: Factor, continued: bool) -> list[Tenso
             swapped = continued and dim == _AXES[0]
             kernels = [k for even, odd in pairs for k in ((odd, even) if swapped else (even, odd))]
     return [kernel.to(weight.dtype) for kernel in kernels]
+
+
+def phase_spans(taps: tuple[int, ...], factor: Factor) -> list[tuple[Spans, ...]]:
+    """Which taps of each axis the taps of the output parities add up, columns fastest.
+
+    taps: of the kernel along each axis, three where that is doubled. The parity is that of the
+    output before any swap: see `phase_weights`.
+    """
+    axes = (
+        (_EVEN, _ODD) if doubling == 2 else (each_tap(count),)
+        for count, doubling in zip(taps, factor, strict=True)
+    )
+    return list(product(*axes))
+
+
+def each_tap(count: int) -> Spans:
+    """The spans of a kernel whose taps stay as they are."""
+    return tuple((tap, tap + 1) for tap in range(count))
 
 
 def phase_weights_backward(gradients: list[Tensor], factor: Factor, continued: bool) -> Tensor:

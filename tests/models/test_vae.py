@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from hunyuan_fast.dispatch import implementations
 from hunyuan_fast.models import HunyuanVideoVAE
 from hunyuan_fast.models.vae.posterior import DiagonalGaussian
 from tests.models.vae_cases import TINY, clip, diffusers_twin, tiny_vae
+from tests.models.vae_memory import LiveBytes
 
 SIZES = [(1, 1, 40, 24), (2, 5, 24, 40), (1, 9, 16, 8), (1, 17, 24, 24)]
 
@@ -81,6 +83,21 @@ def test_a_batch_equals_its_clips(generator):
         whole = vae.encode(video).mode()
         close(whole, torch.cat([vae.encode(one).mode() for one in video.split(1)]), 1e-5)
         close(vae.decode(whole), torch.cat([vae.decode(one) for one in whole.split(1)]), 1e-5)
+
+
+@pytest.mark.skipif(
+    "cpu_impl" not in implementations("causal_conv3d"), reason="the native module is not built"
+)
+def test_no_more_maps_at_a_time_than_a_block_needs(generator):
+    """Its input, what is between its convolutions, and its result: neither a normed map nor the
+    input of the level that it stands in."""
+    vae = tiny_vae(generator, block_out_channels=(8, 16, 16, 16)).requires_grad_(False)
+    video, z = clip(generator, 1, 3, 9, 64, 64), torch.randn(1, 4, 3, 8, 8, generator=generator)
+    channel = 9 * 64 * 64 * 4
+    for call, channels in ((lambda: vae.encode(video), 8 + 8 + 8), (lambda: vae.decode(z), 32)):
+        with torch.no_grad(), LiveBytes() as used:
+            call()
+        assert (channels - 1) * channel < used.peak < (channels + 4) * channel
 
 
 def test_memory_format_of_the_input_changes_nothing(generator):

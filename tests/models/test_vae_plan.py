@@ -5,11 +5,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hunyuan_fast.dispatch import use
 from hunyuan_fast.kernels.causal_conv3d import library_impl
 from hunyuan_fast.models import HunyuanVideoVAE
 from hunyuan_fast.models.vae.budget import read_bytes, show_bytes
 from hunyuan_fast.models.vae.config import VAEConfig
-from hunyuan_fast.models.vae.cost import LIBRARY, Ledger
+from hunyuan_fast.models.vae.cost import SLACK, Ledger
 from hunyuan_fast.models.vae.layers import layers_of, sizes_of
 from hunyuan_fast.models.vae.plan import least_budget, plan_decode, plan_encode
 from tests.models.vae_cases import TINY, tiny_vae
@@ -48,8 +49,8 @@ def test_sizes_are_those_of_the_maps():
     assert sizes_of(layers_of(REAL, "encode"), (129, 720, 1280))[-1] == (33, 90, 160)
 
 
-def by_the_library(x, weight, bias, *, stride=(1, 1, 1), factor=None, residual=None):
-    return library_impl.forward(x, weight, bias, stride, None, factor, residual=residual)
+def by_the_library(x, weight, bias, *, stride=(1, 1, 1), factor=None, **fused):
+    return library_impl.forward(x, weight, bias, stride, None, factor, **fused)
 
 
 @pytest.mark.parametrize("half", ["encode", "decode"])
@@ -62,9 +63,10 @@ def test_arithmetic_is_what_torch_counts(generator, half, monkeypatch):
         for name in ("causal_conv3d", "upsample_causal_conv3d"):
             path = f"hunyuan_fast.{place}.{name}"
             monkeypatch.setattr(path, by_the_library, raising=False)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with use("library_impl", "causal_conv3d"), torch.no_grad(), counter:
         getattr(vae, half)(x)
-    ledger = Ledger(vae.config, half, tuple(x.shape[2:]), torch.float32)
+    ledger = Ledger(vae.config, half, tuple(x.shape[2:]), torch.float32, "cpu_impl")
     # kernel-1 convolutions run as matrix products, which the counter sees as well
     assert sum(ledger.flops) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
@@ -100,9 +102,10 @@ def test_the_least_budget_is_named_and_works():
 
 
 def test_half_precision_and_offload_need_less():
-    full = least_budget("decode", REAL, FRAMES_720P, torch.float32) - LIBRARY
-    half = least_budget("decode", REAL, FRAMES_720P, torch.bfloat16) - LIBRARY
-    assert half == pytest.approx(full / 2, rel=0.05)
+    full = least_budget("decode", REAL, FRAMES_720P, torch.float32) - SLACK
+    half = least_budget("decode", REAL, FRAMES_720P, torch.bfloat16) - SLACK
+    # in 16 bits the library answers, which copies edges around its maps
+    assert full / 2 < half < 0.65 * full
     kept = plan_decode(REAL, FRAMES_720P, torch.bfloat16, 40 * GIB)
     parked = plan_decode(REAL, FRAMES_720P, torch.bfloat16, 40 * GIB, offload=True)
     assert parked.extra < kept.extra and parked.parked > 40 * GIB

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hunyuan_fast.models import HunyuanVideoVAE
-from hunyuan_fast.models.vae.blocks import MidBlock, ResnetBlock
+from hunyuan_fast.models.vae.blocks import ResnetBlock
 from hunyuan_fast.models.vae.tiling import Tiling
+from hunyuan_fast.modules.frame_causal_attention import FrameCausalAttention
 from tests.models.vae_cases import TINY, clip, diffusers_twin, tiny_vae
 
 Tensors = tuple[Tensor, ...]
@@ -93,10 +94,10 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 
 def count_calls(vae: HunyuanVideoVAE) -> list[object]:
-    """The residual blocks and middles that run from now on, in their order."""
+    """The residual blocks and attentions that run from now on, in their order."""
     calls: list[object] = []
     for block in vae.modules():
-        if isinstance(block, (ResnetBlock, MidBlock)):
+        if isinstance(block, (ResnetBlock, FrameCausalAttention)):
             block.register_forward_pre_hook(lambda block, _: calls.append(block))
     return calls
 

@@ -35,6 +35,9 @@ SHAPES = {
     "phases": {"shape": (1, 9, 4, 13, 18), "channels": 65, "factor": (2, 2, 2)},
     "continued": {"shape": (2, 9, 3, 13, 18), "channels": 17, "past": 2},
     "pointwise": {"shape": (2, 70, 3, 13, 18), "channels": 130, "kernel": 1},
+    # few outputs, for which vectors hold channels
+    **{f"to {n}": {"shape": (2, 32, 3, 13, 18), "channels": n} for n in (1, 2, 3, 4)},
+    "to 3, phases": {"shape": (1, 16, 4, 13, 18), "channels": 3, "factor": (1, 2, 2)},
 }
 
 
@@ -59,6 +62,45 @@ def test_sizes_that_no_block_divides(options, least, generator, monkeypatch):
 def test_long_sums_lose_no_more_than_short_ones(generator):
     """13,824 products each, in one run after the other."""
     assert_forward_is_right(draw_call(generator, shape=(1, 512, 3, 4, 4), channels=16))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(options for options in SHAPES.values() if "factor" not in options),
+        # enough boxes for one thread to take several frames of a box, which share a window
+        {"shape": (1, 5, 40, 26, 35), "channels": 7},
+        {"shape": (2, 17, 39, 26, 19), "channels": 3, "past": 2},
+        {"shape": (1, 3, 61, 50, 70), "channels": 7, "stride": (2, 2, 2)},
+        {"shape": (1, 3, 61, 50, 70), "channels": 7, "stride": (3, 1, 2), "past": 5},
+    ],
+    ids=str,
+)
+def test_activation_and_residual_of_every_window(options, generator):
+    """Against the same in steps, also when a window serves the next box in time."""
+    call = draw_call(generator, **options)
+    scale, shift = (torch.randn(call.x.shape[:2], generator=generator) for _ in range(2))
+
+    def activated(t, dtype):
+        gain, offset = (v.to(dtype)[:, :, None, None, None] for v in (scale, shift))
+        return torch.nn.functional.silu(t.to(dtype) * gain + offset)
+
+    def in_steps(dtype):
+        maps = (call.x, call.past)
+        return call.map(lambda t: activated(t, dtype) if any(t is m for m in maps) else t.to(dtype))
+
+    residual = torch.randn(call.dy.shape, generator=generator)
+    with use("cpu_impl", ROOM), torch.no_grad():
+        y = causal_conv3d(
+            *(call.x, call.weight, call.bias),
+            stride=call.stride,
+            past=call.past,
+            scale=scale,
+            shift=shift,
+            residual=residual,
+        )
+        exact, own = by_definition(in_steps(torch.float64)), as_torch_would(in_steps(torch.float32))
+    assert_as_good_as(y, exact + residual, own + residual, name="y", factor=3.0)
 
 
 def test_threads_make_no_difference(generator):
@@ -98,8 +140,14 @@ def test_native_refusals():
     ones, origin = (1, 1, 1), (2, 1, 1)
 
     def call(**changed):
-        given = {"x": x, "past": None, "packed": packed, "bias": None, "residual": None, "y": x}
-        given |= {"kernel": (3, 3, 3), "stride": ones, "origin": origin} | changed
+        given = {"x": x, "past": None, "packed": packed, "bias": None, "scale": None, "shift": None}
+        given |= {
+            "residual": None,
+            "y": x,
+            "kernel": (3, 3, 3),
+            "stride": ones,
+            "origin": origin,
+        } | changed
         native.causal_conv3d_forward_cpu(*given.values(), 1)
 
     call(y=x.clone())
@@ -110,11 +158,28 @@ def test_native_refusals():
         "past does not fit x": {"past": x[:, :, :, 1:]},
         "residual does not fit y": {"residual": x[:, :, 1:]},
         "bias must be": {"bias": torch.zeros(3)},
+        "scale and shift go together": {"scale": torch.zeros(1, 4)},
+        "shift must be": {"scale": torch.zeros(1, 4), "shift": torch.zeros(1, 3)},
         "the last output would need frame 4 of 3": {"origin": (0, 1, 1)},
         "1 to 27 taps": {"kernel": (3, 3, 4)},
     }.items():
         with pytest.raises(ValueError, match=words):
             call(**changed)
+
+    def pack(spans, given=packed):
+        native.causal_conv3d_pack_cpu(torch.zeros(4, 4, 3, 3, 3), spans, given, 1)
+
+    each = [(0, 1), (1, 2), (2, 3)]
+    pack([each, each, each])
+    pack([[(0, 3)], each, each], packed[: packed.numel() // 3])
+    for words, spans in {
+        "packed does not fit": [[(0, 3)], each, each],
+        r"within 3 taps, got \[1, 4\)": [[(0, 1), (1, 4)], each, each],
+        r"got \[1, 1\)": [[(1, 1)], each, each],
+        "at most 27 taps in all, got 36": [[(0, 2), (1, 3)], each, each],
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            pack(spans)
 
 
 @pytest.mark.parametrize("isa", ["plain", "avx2"])

@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from hunyuan_fast.dispatch import use
-from hunyuan_fast.ops import group_norm_silu, group_norm_stats, merge_group_norm_stats
+from hunyuan_fast.ops import (
+    group_norm_affine,
+    group_norm_silu,
+    group_norm_stats,
+    merge_group_norm_stats,
+)
 from tests.kit.inputs import FAMILIES
 from tests.kit.memory import far_apart
 from tests.kit.numerics import assert_equal
@@ -151,6 +156,30 @@ def test_chunks_of_a_clip_share_the_statistics_of_the_whole(name, generator):
             torch.testing.assert_close(stats, whole_stats, rtol=1e-5, atol=1e-6)
             pieces = [group_norm_silu(chunk, *rest, stats=whole_stats) for chunk in chunks]
             assert_equal(torch.cat(pieces, dim=2), apply(call))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_scale_and_shift_are_the_norm(dtype, generator):
+    x = torch.randn(2, 12, 3, 4, 5, generator=generator, dtype=torch.float64) * 3 + 1
+    weight, bias = (torch.randn(12, generator=generator).to(dtype) for _ in range(2))
+    scale, shift = group_norm_affine(group_norm_stats(x, 4), weight, bias, eps=1e-3)
+    assert scale.shape == shift.shape == (2, 12)
+    assert scale.dtype == shift.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    found = x * scale[:, :, None, None, None] + shift[:, :, None, None, None]
+    wanted = torch.nn.functional.group_norm(x, 4, weight.double(), bias.double(), 1e-3)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_scale_and_shift_refuse_what_does_not_fit():
+    stats, vector = torch.ones(3, 1, 4, dtype=torch.float64), torch.ones(8)
+    with pytest.raises(ValueError, match=r"weight must be \(C,\) with C a multiple of G = 4"):
+        group_norm_affine(stats, vector[:6], vector)
+    with pytest.raises(ValueError, match=r"bias must be \(C,\).*got shape \(8, 1\)"):
+        group_norm_affine(stats, vector, vector[:, None])
+    with pytest.raises(ValueError, match=r"bias must be like weight, \(8,\), got \(4,\)"):
+        group_norm_affine(stats, vector, vector[:4])
+    with pytest.raises(TypeError, match="stats must be float64"):
+        group_norm_affine(stats.float(), vector, vector)
 
 
 def test_merging_is_as_good_as_the_whole_in_float64(generator):

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import cast
 
 from torch import Tensor, nn
 
-from hunyuan_fast.modules.causal_conv3d import CausalConv3d, normed_conv
+from hunyuan_fast.modules.causal_conv3d import CausalConv3d
 from hunyuan_fast.modules.frame_causal_attention import FrameCausalAttention
 from hunyuan_fast.modules.group_norm import GroupNormSiLU
 from hunyuan_fast.modules.resample import CausalDownsample, CausalUpsample
 
 Stride = tuple[int, int, int]
-# How to call a block: as it is, or in a way that keeps less for backward.
+# How to call a layer: as it is, or in a way that keeps less for backward.
 Run = Callable[[nn.Module, Tensor], Tensor]
 
 
-def plainly(block: nn.Module, x: Tensor) -> Tensor:
-    """Call a block as it is."""
-    y: Tensor = block(x)
+def plainly(layer: nn.Module, x: Tensor) -> Tensor:
+    """Call a layer as it is."""
+    y: Tensor = layer(x)
     return y
 
 
@@ -38,12 +39,39 @@ class ResnetBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = normed_conv(self.norm1, self.conv1, x)
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return normed_conv(self.norm2, self.conv2, hidden, shortcut)
+        hidden = self.conv1(x, norm=self.norm1)
+        if self.conv_shortcut is None:
+            return self.conv2(hidden, x, norm=self.norm2)
+        hidden = self.conv2(hidden, norm=self.norm2)
+        return self.conv_shortcut(x, hidden)
 
 
-class MidBlock(nn.Module):
+class _Level(nn.Module):
+    """Layers that a map passes one after the other, (B, C, T, H, W) -> (B, C', T', H', W')."""
+
+    def layers(self) -> Iterator[nn.Module]:
+        """In order, which is that of the lists that hold them."""
+        for part in self.children():
+            yield from cast(nn.ModuleList, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return through(self.layers(), x)
+
+
+def through(layers: Iterable[nn.Module], x: Tensor, run: Run = plainly) -> Tensor:
+    """The map behind all layers.
+
+    run: how to call one, but for those that change sizes: they keep no more than their input.
+
+    One loop over the layers of all levels takes less memory than a level after the other: whoever
+    calls a level keeps its input, which may be the largest map of all, until the level is through.
+    """
+    for layer in layers:
+        x = layer(x) if isinstance(layer, CausalDownsample | CausalUpsample) else run(layer, x)
+    return x
+
+
+class MidBlock(_Level):
     """Residual block, frame-causal attention, residual block, at the smallest size."""
 
     def __init__(self, channels: int, num_groups: int, *, add_attention: bool) -> None:
@@ -55,11 +83,10 @@ class MidBlock(nn.Module):
             [FrameCausalAttention(channels, num_groups)] if add_attention else []
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+    def layers(self) -> Iterator[nn.Module]:
+        """In order."""
+        first, last = self.resnets
+        yield from (first, *self.attentions, last)
 
 
 def _resnets(in_channels: int, out_channels: int, count: int, num_groups: int) -> nn.ModuleList:
@@ -67,7 +94,7 @@ def _resnets(in_channels: int, out_channels: int, count: int, num_groups: int) -
     return nn.ModuleList([ResnetBlock(channels, out_channels, num_groups) for channels in inputs])
 
 
-class DownBlock(nn.Module):
+class DownBlock(_Level):
     """One encoder level: residual blocks, then a strided convolution unless the stride is one."""
 
     def __init__(
@@ -79,16 +106,8 @@ class DownBlock(nn.Module):
             [CausalDownsample(out_channels, stride)] if stride != (1, 1, 1) else []
         )
 
-    def forward(self, x: Tensor, run: Run = plainly) -> Tensor:
-        """run: how to call a residual block; a change of size keeps nothing but its input."""
-        for resnet in self.resnets:
-            x = run(resnet, x)
-        for resampler in self.downsamplers:
-            x = resampler(x)
-        return x
 
-
-class UpBlock(nn.Module):
+class UpBlock(_Level):
     """One decoder level: residual blocks, then upsampling unless the factor is one."""
 
     def __init__(
@@ -99,11 +118,3 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList(
             [CausalUpsample(out_channels, factor)] if factor != (1, 1, 1) else []
         )
-
-    def forward(self, x: Tensor, run: Run = plainly) -> Tensor:
-        """run: how to call a residual block; a change of size keeps nothing but its input."""
-        for resnet in self.resnets:
-            x = run(resnet, x)
-        for resampler in self.upsamplers:
-            x = resampler(x)
-        return x

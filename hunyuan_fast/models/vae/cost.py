@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
@@ -9,12 +10,18 @@ import torch
 
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.layers import Half, Layer, Size, layers_of, sizes_of
+from hunyuan_fast.models.vae.workspace import Call, workspace
 
-# Blocks of the norms, small tensors, what the convolution library and the allocator keep for
-# themselves.
-LIBRARY = 96 << 20
-# Below this the CPU stacks the taps of a 3D convolution and runs it in 2D.
-_STACKED = 20480
+# Blocks of the norms, small tensors, what the allocator keeps for itself.
+SLACK = 32 << 20
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes in use beside stored maps: at the busiest moment, and when a chunk is at its end."""
+
+    busy: int
+    arrived: int
 
 
 class Ledger:
@@ -22,13 +29,15 @@ class Ledger:
 
     Point p lies before layer p; the last one is the result. Where the layer before a point opens a
     residual block, storing the point means storing two maps: what comes out of that layer, and what
-    went into it, for the sum.
+    went into it, for the sum. answers: the implementation of the convolutions, whose memory counts.
     """
 
-    def __init__(self, config: VAEConfig, half: Half, size: Size, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: VAEConfig, half: Half, size: Size, dtype: torch.dtype, answers: str
+    ) -> None:
         self.layers: tuple[Layer, ...] = layers_of(config, half)
         self.sizes = sizes_of(self.layers, size)
-        self.item = dtype.itemsize
+        self.item, self._answers = dtype.itemsize, answers
         channels = [self.layers[0].inputs, *(layer.outputs for layer in self.layers)]
         self.frame_bytes = [
             c * h * w * self.item for c, (_, h, w) in zip(channels, self.sizes, strict=True)
@@ -67,19 +76,19 @@ class Ledger:
         shortcut = self.layers[index - 1].inputs if layer.shortcut else 0
         return values * layer.outputs * (taps * layer.inputs + shortcut)
 
-    def work(self, start: int, length: int, *, given: bool) -> list[int]:
-        """Bytes in use beside stored maps while chunks of `length` frames go from `start` on.
+    def work(self, start: int, length: int, *, given: bool) -> list[Work]:
+        """What chunks of `length` frames take that go from `start` to each of the points after it.
 
-        One entry for every point after `start`; the attention is a way of its own, so the list ends
-        with it. given: the chunks are read from the caller's tensor.
+        The attention is a way of its own, so the list ends with it. given: the chunks are read from
+        the caller's tensor.
         """
         if self.layers[start].attends:
             return [self._attention(start, length)]
         frames = min(length, self.frames(start))
-        width = frames * self.frame_bytes[start]
+        own = frames * self.frame_bytes[start]
         skip = frames * self.frame_bytes[start - 1] if self.inside(start) else 0
         # stored frames of a chunk live beside their copy until it is complete
-        peak = (width + skip) * (2 if frames > 1 or given else 1)
+        peak = (own + skip) * (2 if frames > 1 or given else 1)
         states = held = 0
         found = []
         for index in range(start, self.last):
@@ -87,16 +96,17 @@ class Ledger:
             if layer.attends:
                 break
             made = self._made(layer, frames, self.frames(index + 1))
-            step, state = self._step(index, frames, made, skip)
+            step, state = self._step(index, frames, made, own, skip)
             peak, states = max(peak, held + step), states + state
-            skip = frames * self.frame_bytes[index] if layer.opens else 0
-            width = made * self.frame_bytes[index + 1]
+            skip = own if layer.opens else 0 if layer.closes else skip
+            own = made * self.frame_bytes[index + 1]
             if made > length:
-                held, made = held + width, length
+                # pieces of it go on one by one, as views of the whole
+                held, own, made = held + own, 0, length
             frames = made
-            arrived = held + frames * self.frame_bytes[index + 1] + skip
-            peak = max(peak, arrived)
-            found.append(peak + states + LIBRARY)
+            # one frame that is no view is what will be stored
+            arrived = held + (own + skip if frames > 1 else 0)
+            found.append(Work(peak + states + SLACK, arrived + states + SLACK))
         return found
 
     @staticmethod
@@ -105,34 +115,38 @@ class Ledger:
         made = frames * layer.factor[0] if layer.upsamples else -(-frames // layer.stride[0])
         return min(made, most)
 
-    def _step(self, index: int, frames: int, made: int, skip: int) -> tuple[int, int]:
-        """Bytes at the busiest moment of one layer, and those it keeps between chunks."""
-        layer = self.layers[index]
-        value, result = self.frame_bytes[index], made * self.frame_bytes[index + 1]
-        width = frames * value
-        if layer.kernel == 1:
-            return width + 2 * result, 0
-        _, height, columns = self.sizes[index]
-        past = 1 if layer.factor[0] == 2 else layer.kernel - 1
-        edged = value * (height + 2) * (columns + 2) // (height * columns)
-        padded = (frames + past) * edged
-        weights = layer.inputs * layer.outputs * layer.kernel**3 * self.item
-        rows = layer.inputs * (frames + past) * (height + 2)
-        # the stack of taps, the library's copy of it and of the result, which is in another layout
-        stacked = 6 * padded + result if rows <= _STACKED else 0
-        if layer.upsamples:
-            # the window of one parity, the sums of taps in fp32, the parities beside the result
-            scratch = padded + 2 * result + 5 * max(weights, weights * 4 // self.item)
-        else:
-            scratch = result + 2 * weights
-        if layer.opens:
-            skip = width
-        norm = 2 * width + (0 if layer.opens else skip) if layer.norm else 0
-        convolution = skip + width + padded + past * value + stacked + scratch
-        total = result * (3 if layer.shortcut else 1) + skip if layer.closes else 0
-        return max(norm, convolution, total), past * value
+    def _step(self, index: int, frames: int, made: int, own: int, skip: int) -> tuple[int, int]:
+        """Bytes at the busiest moment of one layer, and those it keeps between chunks.
 
-    def _attention(self, index: int, length: int) -> int:
+        own: bytes that are freed with the chunk, which is a view where there are none.
+        """
+        layer, width = self.layers[index], frames * self.frame_bytes[index]
+        result = made * self.frame_bytes[index + 1]
+        past = 0
+        if layer.kernel > 1:
+            past = 1 if layer.factor[0] == 2 else layer.kernel - 1
+        state = past * self.frame_bytes[index]
+        peak = 0
+        if layer.norm:
+            peak = own + width + skip
+            # the input stays for the sum of the block that begins here
+            skip, own = own if layer.opens else skip, width
+        if layer.shortcut:
+            beside = Layer("", self.layers[index - 1].inputs, layer.outputs, kernel=1)
+            summand = self._workspace(beside, index, frames, 0, result)
+            peak, skip = max(peak, own + skip + result + summand), result
+        convolution = own + skip + result + self._workspace(layer, index, frames, past, result)
+        # where time is halved the frames kept vary: those of before live beside the new ones
+        changing = state if layer.stride[0] > 1 else 0
+        return max(peak, convolution + changing), state
+
+    def _workspace(self, layer: Layer, index: int, frames: int, past: int, result: int) -> int:
+        _, rows, columns = self.sizes[index]
+        call = Call(layer, self.item, frames, past, rows, columns, result)
+        return workspace(call, self._answers)
+
+    def _attention(self, index: int, length: int) -> Work:
         """Keys and values of the whole map, and a chunk between its norm and its sum."""
-        frames = min(length, self.frames(index))
-        return 2 * self.map_bytes(index) + 8 * frames * self.frame_bytes[index] + LIBRARY
+        chunk = min(length, self.frames(index)) * self.frame_bytes[index]
+        whole = 2 * self.map_bytes(index) + SLACK
+        return Work(whole + 8 * chunk, whole + chunk)

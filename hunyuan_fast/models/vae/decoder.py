@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hunyuan_fast.models.vae.blocks import MidBlock, Run, UpBlock, plainly
+from hunyuan_fast.models.vae.blocks import MidBlock, Run, UpBlock, plainly, through
 from hunyuan_fast.models.vae.config import VAEConfig
-from hunyuan_fast.modules.causal_conv3d import CausalConv3d, normed_conv
+from hunyuan_fast.modules.causal_conv3d import CausalConv3d
 from hunyuan_fast.modules.group_norm import GroupNormSiLU
 
 
@@ -36,8 +36,8 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
     def forward(self, x: Tensor, run: Run = plainly) -> Tensor:
-        """run: how to call a residual block, and the middle."""
-        x = run(self.mid_block, self.conv_in(x))
-        for block in self.up_blocks:
-            x = block(x, run)
-        return normed_conv(self.conv_norm_out, self.conv_out, x)
+        """run: how to call residual blocks and the attention."""
+        levels = (self.mid_block, *self.up_blocks)
+        layers = (layer for level in levels for layer in level.layers())
+        x = through(layers, self.conv_in(x), run)
+        return self.conv_out(x, norm=self.conv_norm_out)

@@ -66,7 +66,7 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
         self.tiling = None
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Keep only the inputs of residual blocks for backward and compute the rest again."""
+        """Keep only the inputs of blocks and attentions for backward and compute the rest again."""
         self.gradient_checkpointing = enabled
 
     def encode(
@@ -144,9 +144,12 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
     ) -> Tensor:
         """The result for x by a plan that keeps to the budget."""
         check_budget(self, x, tiled=self.tiling is not None, offload=offload)
-        dtype = self.quant_conv.weight.dtype
-        budget = read_bytes(memory_budget)
-        plan = planned(self.config, tuple(x.shape), dtype, budget, offload=offload)
+        weight, budget = self.quant_conv.weight, read_bytes(memory_budget)
+        dtype, device = weight.dtype, weight.device
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        shape = tuple(x.shape)
+        plan = planned(self.config, shape, dtype, budget, offload=offload, device=device)
         return stream(self, plan, x, progress)
 
     def _enter(self, x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """How to encode or decode a clip within so much memory: which maps to store, how long chunks are.
 
-A plan is a pure function of shapes. A segment leads from one stored map to the next. A group norm
-needs the statistics of its whole input before it can be applied, so each norm on the way costs a
-pass over the segment up to it, which stores nothing; the last pass makes the next map and collects
-the statistics of a norm right behind it. Storing every map costs no arithmetic, storing few costs
-passes: of all ways that fit, a plan takes the one with the least arithmetic.
+A plan is a pure function of shapes, dtype and device. A segment leads from one stored map to the
+next. A group norm needs the statistics of its whole input before it can be applied, so each norm on
+the way costs a pass over the segment up to it, which stores nothing; the last pass makes the next
+map and collects the statistics of a norm right behind it. Storing every map costs no arithmetic,
+storing few costs passes: of all ways that fit, a plan takes the one with the least arithmetic.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 
 from hunyuan_fast.models.vae.budget import show_bytes
 from hunyuan_fast.models.vae.config import VAEConfig
-from hunyuan_fast.models.vae.cost import Ledger
-from hunyuan_fast.models.vae.layers import Half, Size
+from hunyuan_fast.models.vae.cost import Ledger, Work
+from hunyuan_fast.models.vae.layers import Half, Size, layers_of
+from hunyuan_fast.models.vae.workspace import answering
 
 Shape = tuple[int, int, int, int, int]
 
@@ -93,13 +94,13 @@ class Plan:
 
     def table(self) -> str:
         """One line for each segment."""
-        ledger = Ledger(self.config, self.half, self.size, self.dtype)
+        layers = layers_of(self.config, self.half)
         rows = [("stored map made by", "passes", "frames", "stored", "peak", "TFLOP")]
         for segment in self.segments:
             lengths = [step.frames for step in segment.passes]
             rows.append(
                 (
-                    ledger.layers[segment.stop - 1].conv.removesuffix(".conv"),
+                    layers[segment.stop - 1].conv.removesuffix(".conv"),
                     str(len(lengths)),
                     "-".join(map(str, dict.fromkeys((min(lengths), max(lengths))))),
                     show_bytes(segment.stored),
@@ -124,13 +125,15 @@ def plan_decode(
     budget: int,
     *,
     offload: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Plan:
     """How `decode` takes latents (B, latent_channels, T, H, W) within `budget` bytes.
 
-    dtype: of the weights; offload: stored maps wait in host memory, which no budget bounds.
+    dtype: of the maps; offload: stored maps wait in host memory, which no budget bounds; device:
+        where it will run, since who answers a convolution there and how much it takes depends.
     Raises ValueError naming the least budget that works when this one does not.
     """
-    return _Planner(config, "decode", shape, dtype, offload).plan(budget)
+    return _Planner(config, "decode", shape, dtype, offload, device).plan(budget)
 
 
 def plan_encode(
@@ -140,9 +143,10 @@ def plan_encode(
     budget: int,
     *,
     offload: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Plan:
     """How `encode` takes a clip (B, in_channels, T, H, W); the rest as for `plan_decode`."""
-    return _Planner(config, "encode", shape, dtype, offload).plan(budget)
+    return _Planner(config, "encode", shape, dtype, offload, device).plan(budget)
 
 
 def least_budget(
@@ -152,9 +156,10 @@ def least_budget(
     dtype: torch.dtype,
     *,
     offload: bool = False,
+    device: torch.device | str = "cpu",
 ) -> int:
     """The least bytes within which `encode` or `decode` can work; arguments as `plan_decode`."""
-    return _Planner(config, half, shape, dtype, offload).least()
+    return _Planner(config, half, shape, dtype, offload, device).least()
 
 
 class _Planner:
@@ -167,13 +172,15 @@ class _Planner:
         shape: tuple[int, ...],
         dtype: torch.dtype,
         offload: bool,
+        device: torch.device | str,
     ) -> None:
         batch, channels, frames, height, width = shape
         self.config, self.half, self.dtype, self.offload = config, half, dtype, offload
         self.shape: Shape = (batch, channels, frames, height, width)
-        self.ledger = Ledger(config, half, (frames, height, width), dtype)
+        answers = answering(dtype, torch.device(device))
+        self.ledger = Ledger(config, half, (frames, height, width), dtype, answers)
         self.result = batch * self.ledger.map_bytes(self.ledger.last)
-        self._work: dict[tuple[int, int], list[int]] = {}
+        self._work: dict[tuple[int, int], list[Work]] = {}
         # finite values are looked for before anything else: two maps of flags, one of magnitudes
         values = batch * channels * frames * height * width
         self.entry = values * (dtype.itemsize + 2) if half == "decode" else 0
@@ -300,16 +307,29 @@ class _Planner:
             self._work[key] = self.ledger.work(start, length, given=start == 0)
         work = self._work[key][end - start - 1]
         before = 0 if self.offload else self._stored(start)
+        final = stop == self.ledger.last
         # the result of a batch is there from the first clip's last pass on
-        final = produces and stop == self.ledger.last
-        result = self.result if final or self.shape[0] > 1 else 0
-        if not produces or stop == self.ledger.last:
-            return work + before + result
-        after = 0 if self.offload else self._stored(stop)
-        if self.ledger.inside(stop) and start == stop - 1:
-            return work + after + result  # the map at the start stays, for the sum
+        result = self.result if (produces and final) or self.shape[0] > 1 else 0
+        if not produces:
+            return work.busy + before + result
         frames, made = self.ledger.frames(start), self.ledger.frames(stop)
         chunk = min(length, frames)
-        first = 1 + (chunk - 1) * (made - 1) / max(frames - 1, 1)
-        early = before * (frames - chunk) / frames + after * min(first / made, 1)
-        return work + result + int(max(early, after)) + 1
+        left = before * (frames - chunk) // frames + 1
+        if final:
+            return work.busy + left + result
+        after, last = 0 if self.offload else self._stored(stop), 0
+        if self.ledger.inside(stop) and start == stop - 1:
+            # the map at the start stays, for the sum
+            left, last, after = before, before, after - before
+
+        def stored(read: int) -> int:
+            """Bytes made of so many frames of the start."""
+            share = (1 + (read - 1) * (made - 1) / max(frames - 1, 1)) / made if read else 0.0
+            return int(after * min(share, 1)) + 1
+
+        rest = (frames - 1) // chunk * chunk  # before the last chunk
+        # where a chunk goes on in pieces, some are stored while the others are worked on
+        split = stored(chunk) * made > after * length
+        busy = max(left + (stored(chunk) if split else 0), last + stored(frames if split else rest))
+        arrived = max(left + stored(chunk), last + after)
+        return result + max(work.busy + busy, work.arrived + arrived)

@@ -7,9 +7,6 @@ whole clip. Those are collected by passes that go as far as the norm and keep no
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 
 from hunyuan_fast.models.vae.film import Film, spans
 from hunyuan_fast.models.vae.layers import Layer, layers_of, sizes_of
+from hunyuan_fast.models.vae.pages import give_back, own_pages
 from hunyuan_fast.models.vae.plan import Pass, Plan, Segment
 from hunyuan_fast.modules.frame_causal_attention import FrameCausalAttention
 from hunyuan_fast.ops import (
@@ -49,7 +47,7 @@ class _Chunk:
 
 
 class _Input:
-    """The clip that was given, read like a `Film`, in the dtype of the weights, channels-last."""
+    """The clip that was given, read like a `Film`, in the dtype of the maps, channels-last."""
 
     def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
         self._x, self._dtype = x, dtype
@@ -79,26 +77,23 @@ class _Convolution:
             chunk.skip = x
         if self._norm is not None:
             x = _normed(x, self._norm, self._stats)
-        # a small convolution may come back in another layout
-        y = self._convolved(x).contiguous(memory_format=torch.channels_last_3d)
-        del x
+        summand = None
         if self._layer.closes:
-            skip, chunk.skip = chunk.skip, None
-            assert skip is not None
+            summand, chunk.skip = chunk.skip, None
+            assert summand is not None
             if self._shortcut is not None:
-                skip = causal_conv3d(skip, self._shortcut.weight, self._shortcut.bias)
-            y += skip
-        chunk.x = y
+                summand = causal_conv3d(summand, self._shortcut.weight, self._shortcut.bias)
+        chunk.x = self._convolved(x, summand)
 
-    def _convolved(self, x: Tensor) -> Tensor:
+    def _convolved(self, x: Tensor, summand: Tensor | None) -> Tensor:
         weight, bias, layer = self._conv.weight, self._conv.bias, self._layer
         if layer.kernel == 1:
             return causal_conv3d(x, weight, bias)
         past, frames = self._past, x.shape[2]
-        # `_remember` before the convolution: it needs memory while there is little else
         if layer.upsamples:
+            y = upsample_causal_conv3d(x, weight, bias, factor=layer.factor, past=past)
             self._remember(x, 1 if layer.factor[0] == 2 else layer.kernel - 1)
-            return upsample_causal_conv3d(x, weight, bias, factor=layer.factor, past=past)
+            return y
         before, step = 0 if past is None else past.shape[2], layer.stride[0]
         self._seen += frames
         if past is not None and before + frames < layer.kernel:
@@ -106,20 +101,28 @@ class _Convolution:
             return x.new_empty(1, layer.outputs, 0, 1, 1)
         made = frames - 1 if past is None else before + frames - layer.kernel
         self._made += made // step + 1
+        y = causal_conv3d(x, weight, bias, stride=layer.stride, past=past, residual=summand)
         self._remember(x, self._seen + layer.kernel - 1 - step * self._made)
-        return causal_conv3d(x, weight, bias, stride=layer.stride, past=past)
+        return y
 
     def _remember(self, x: Tensor, count: int) -> None:
-        """Keep the last `count` frames of the past and x, of the first frame again if too few."""
-        missing = count - x.shape[2]
-        if missing > 0:
-            older = self._past
-            if older is None:
-                older = x[:, :, :1].expand(-1, -1, missing, -1, -1)
-            self._past = torch.cat((older[:, :, older.shape[2] - missing :], x), dim=2)
-        else:
-            # a copy: a view would keep all of x
-            self._past = x[:, :, x.shape[2] - count :].clone()
+        """Keep copies of the last `count` frames of the past and x; too few: the first one again.
+
+        They take the place of those before where there are as many, so that none live twice.
+        """
+        frames, past, kept = x.shape[2], self._past, self._past
+        if kept is None or kept.shape[2] != count:
+            shape = (1, x.shape[1], count, *x.shape[3:])
+            layout = torch.channels_last_3d
+            kept = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        for place in range(count):
+            source = place + frames - count
+            if source >= 0 or past is None:
+                newer = x[:, :, max(source, 0)]
+            else:
+                newer = past[:, :, past.shape[2] + source]
+            kept[:, :, place].copy_(newer)
+        self._past = kept
 
 
 def _normed(x: Tensor, norm: nn.GroupNorm, stats: Tensor | None, *, silu: bool = True) -> Tensor:
@@ -148,8 +151,7 @@ class _Sample:
         self._vae, self._plan, self._counter = vae, plan, counter
         self._layers = layers_of(plan.config, plan.half)
         self._sizes = sizes_of(self._layers, plan.size)
-        dtype = next(vae.parameters()).dtype
-        self._main: Film | _Input = _Input(clip, dtype)
+        self._main: Film | _Input = _Input(clip, plan.dtype)
         self._side: Film | None = None
         self._stats: dict[int, Tensor] = {}
 
@@ -159,12 +161,12 @@ class _Sample:
             final = segment.stop == len(self._layers)
             for step in segment.passes[:-1]:
                 self._measure(segment, step)
-                _give_back()
+                give_back()
             if self._layers[segment.start].attends:
                 self._attend(segment)
             else:
                 self._produce(segment, write if final else None)
-            _give_back()
+            give_back()
 
     def _measure(self, segment: Segment, step: Pass) -> None:
         """Statistics of the norm at `step.stop`, from a pass that keeps nothing else."""
@@ -271,25 +273,6 @@ class _Sample:
         self._main = made
 
 
-@functools.cache
-def _trimmer() -> Callable[[int], int] | None:
-    """glibc's `malloc_trim`, where there is one."""
-    if sys.platform != "linux":
-        return None
-    try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
-        return None
-    return trim
-
-
-def _give_back() -> None:
-    """Return pages between freed frames to the system; they lie within the allocator's heap."""
-    trim = _trimmer()
-    if trim is not None:
-        trim(0)
-
-
 def _pieces(chunk: _Chunk, length: int) -> list[_Chunk]:
     """What a layer has left of a chunk, in pieces of at most `length` frames, the first one last.
 
@@ -326,7 +309,8 @@ def stream(vae: nn.Module, plan: Plan, clip: Tensor, progress: Progress | None =
 
         return write
 
-    for index in range(shape[0]):
-        _Sample(vae, plan, clip[index : index + 1], counter).run(writer(index))
+    with own_pages():
+        for index in range(shape[0]):
+            _Sample(vae, plan, clip[index : index + 1], counter).run(writer(index))
     assert out is not None
     return out
