@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from hunyuan_fast.models.vae.posterior import DiagonalGaussian
 # Batch, frames, height and width of the clips of the tables.
 CLIP = (1, 17, 256, 256)
 REST = "rest"
+_PART = re.compile(r"\w+\.(?:(mid_block|(?:up|down)_blocks\.\d+)|conv_)")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -62,13 +64,14 @@ def _tensors(tree: Any) -> list[Tensor]:
 def kept_bytes(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
     """Bytes that a call keeps for backward beyond the parameters, by the part that keeps them.
 
-    Parts are the levels and the middle of both halves. What several of them keep counts once, for
-    the first. Works on tensors without memory.
+    Parts are the levels and the middle of both halves. What is kept between two parts, as the input
+    of a checkpointed block is, counts for the one that follows; what several keep, for the first.
+    Works on tensors without memory.
     """
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     seen: dict[int, Tensor] = {}
     kept: Counter[str] = Counter()
-    inside = [REST]
+    inside = [""]
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
@@ -77,15 +80,20 @@ def kept_bytes(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
             kept[inside[-1]] += storage.nbytes()
         return t
 
+    def enter(part: str) -> None:
+        kept[part] += kept.pop("", 0)
+        inside.append(part)
+
     handles = []
-    for name, part in model.named_modules():
-        if name.endswith("mid_block") or name.rpartition(".")[0].endswith("_blocks"):
-            handles += [
-                part.register_forward_pre_hook(lambda *_, name=name: inside.append(name)),
-                part.register_forward_hook(lambda *_: inside.pop() and None),
-            ]
+    for name, module in model.named_modules():
+        part = _PART.match(name)
+        if part:
+            label = part[1] or REST
+            handles.append(module.register_forward_pre_hook(lambda *_, label=label: enter(label)))
+            handles.append(module.register_forward_hook(lambda *_: inside.pop() and None))
     with saved_tensors_hooks(pack, lambda t: t):
         result = run()
+    enter(REST)
     for handle in handles:
         handle.remove()
     del result
