@@ -25,8 +25,7 @@ from hunyuan_fast.models.vae.posterior import DiagonalGaussian
 # Batch, frames, height and width of the clips of the tables.
 CLIP = (1, 17, 256, 256)
 REST = "rest"
-# Layers of a level, by the names that both classes have.
-_LAYER = re.compile(r"((?:en|de)coder\.(?:mid_block|\w+_blocks\.\d+))\.\w+\.\d+")
+_PART = re.compile(r"\w+\.(?:(mid_block|(?:up|down)_blocks\.\d+)|conv_)")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -65,14 +64,14 @@ def _tensors(tree: Any) -> list[Tensor]:
 def kept_bytes(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
     """Bytes that a call keeps for backward beyond the parameters, by the part that keeps them.
 
-    Parts are the levels and the middle of both halves, where their layers keep it themselves: what
-    checkpointing keeps for a layer is of no part. What several of them keep counts once, for the
-    first. Works on tensors without memory.
+    Parts are the levels and the middle of both halves. What is kept between two parts, as the input
+    of a checkpointed block is, counts for the one that follows; what several keep, for the first.
+    Works on tensors without memory.
     """
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     seen: dict[int, Tensor] = {}
     kept: Counter[str] = Counter()
-    inside = [REST]
+    inside = [""]
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
@@ -81,16 +80,20 @@ def kept_bytes(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
             kept[inside[-1]] += storage.nbytes()
         return t
 
+    def enter(part: str) -> None:
+        kept[part] += kept.pop("", 0)
+        inside.append(part)
+
     handles = []
-    for name, part in model.named_modules():
-        if layer := _LAYER.fullmatch(name):
-            level = layer[1]
-            handles += [
-                part.register_forward_pre_hook(lambda *_, level=level: inside.append(level)),
-                part.register_forward_hook(lambda *_: inside.pop() and None),
-            ]
+    for name, module in model.named_modules():
+        part = _PART.match(name)
+        if part:
+            label = part[1] or REST
+            handles.append(module.register_forward_pre_hook(lambda *_, label=label: enter(label)))
+            handles.append(module.register_forward_hook(lambda *_: inside.pop() and None))
     with saved_tensors_hooks(pack, lambda t: t):
         result = run()
+    enter(REST)
     for handle in handles:
         handle.remove()
     del result
