@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from benchmarks import shapes
 from benchmarks.kit.case import FORWARD, TRAINING, Call, Case, Peer, Work, compiled
 from benchmarks.kit.pairing import Rounds
+from benchmarks.vae_flops import frames_seen
 from benchmarks.vae_layers import Convolution, Triple, convolutions
 from hunyuan_fast.kernels.causal_conv3d.library_impl import Margins, padded_channels_last
 from hunyuan_fast.models.vae.config import VAEConfig
@@ -48,6 +49,8 @@ _GPU_TRAINED = (
 )
 # A call is some milliseconds, and a table has dozens of layers.
 _GPU_ROUNDS = Rounds(budget=3.0, least=3, most=20)
+# Channels, frames, rows and columns of the convolution that shows what the machine can do.
+_PROBE = (256, 9, 66, 66)
 _NANO = (Convolution("nano", (17, 96, 96), 32, 32), Convolution("nano-image", (1, 96, 96), 32, 32))
 
 
@@ -63,13 +66,14 @@ def cases(device: torch.device, *, quick: bool) -> list[Case]:
     if device.type == "cuda":
         return [*_gpu_cases(), *(_case(layer, bf16) for layer in _GPU_TRAINED)]
     # gradients are torch's, as the peers' are: two cases show them, the others are for inference
-    return [
+    measured = [
         *(_forward_only(_case(layer, fp32)) for layer in _CPU_LAYERS),
         _forward_only(_case(_CPU_UPSAMPLED[1], fp32)),
         _case(_CPU_UPSAMPLED[0], fp32),
         _forward_only(_case(_CPU_LAYERS[1], bf16)),
         *(_case(layer, fp32, cold=False) for layer in _NANO),
     ]
+    return [replace(case, conv3d=_PROBE) for case in measured]
 
 
 def _gpu_cases() -> list[Case]:
@@ -178,18 +182,16 @@ def _draw(
 def _work(layer: Convolution, dtype: torch.dtype) -> dict[str, Work]:
     """Every map read or written once; of the multiplications those that no form can save.
 
-    Of one frame the taps in time are one; along a doubled axis two taps of three are.
+    Along a doubled axis two taps of three are one, and so are those that meet the first frame.
     """
-    taps = [layer.kernel] * 3
-    if layer.size[0] == 1:
-        taps[0] = 1
-    for axis, doubling in enumerate(layer.factor or _ONES):
-        if doubling == 2 and taps[axis] == 3:
-            taps[axis] = 2
+    factor, frames = layer.factor or _ONES, layer.out_size[0]
+    taps = frames_seen(frames, layer.kernel, stride=layer.stride[0], factor=factor[0])
+    for doubling in factor[1:]:
+        taps *= 2 if doubling == 2 and layer.kernel == 3 else layer.kernel
     reads = layer.channels * prod(layer.size)
     writes = layer.out_channels * prod(layer.out_size)
     weight = layer.channels * layer.out_channels * layer.kernel**3
-    flops = 2 * prod(taps) * layer.channels * writes
+    flops = 2 * taps * layer.channels * writes // frames
     size = dtype.itemsize
     return {
         FORWARD: Work((reads + writes + weight) * size, flops),
