@@ -108,6 +108,7 @@ class Convolution:
 
 
 def normed(x: Tensor, norm: nn.GroupNorm, stats: Tensor | None, *, silu: bool = True) -> Tensor:
+    """The norm of a chunk by the statistics of its whole clip."""
     assert stats is not None, "a norm was applied before its statistics were known"
     return group_norm_silu(
         x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=silu, stats=stats
