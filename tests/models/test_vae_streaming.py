@@ -117,7 +117,7 @@ def test_memory_does_not_grow_with_the_clip_as_whole_maps_do(generator):
 def test_resident_memory_keeps_to_the_plan(half, shape):
     """What the system counts, in a process of its own: tensors, workspaces and the allocator."""
     budgets = ("least", "150MiB", "100GiB")
-    command = [sys.executable, "-m", "tests.models.vae_resident", "small", half, shape, *budgets]
+    command = [sys.executable, "-m", "benchmarks.vae_resident", "small", half, shape, *budgets]
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
         command,

@@ -48,10 +48,15 @@ class Chunk:
 
 
 class Convolution:
-    """A layer that remembers what the next chunk has to know of those before it."""
+    """A layer that remembers what the next chunk has to know of those before it.
 
-    def __init__(self, vae: nn.Module, layer: Layer, stats: Tensor | None) -> None:
-        self._layer, self._stats = layer, stats
+    stats: of the norm, over the whole clip; last: whether no chunk comes after the first one.
+    """
+
+    def __init__(
+        self, vae: nn.Module, layer: Layer, stats: Tensor | None, *, last: bool = False
+    ) -> None:
+        self._layer, self._stats, self._last = layer, stats, last
         self._conv = cast(nn.Conv3d, vae.get_submodule(layer.conv))
         self._norm = cast(nn.GroupNorm, vae.get_submodule(layer.norm)) if layer.norm else None
         self._shortcut = (
@@ -120,6 +125,8 @@ class Convolution:
 
         They take the place of those before where there are as many, so that none live twice.
         """
+        if self._last:
+            return
         frames, past, kept = x.shape[2], self._past, self._past
         if kept is None or kept.shape[2] != count:
             shape = (1, x.shape[1], count, *x.shape[3:])
@@ -136,7 +143,7 @@ class Convolution:
 
 
 def normed(x: Tensor, norm: nn.GroupNorm, stats: Tensor | None, *, silu: bool = True) -> Tensor:
-    """The norm of x by the statistics of its clip."""
+    """The norm of a chunk by the statistics of its whole clip."""
     assert stats is not None, _UNKNOWN
     return group_norm_silu(
         x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=silu, stats=stats

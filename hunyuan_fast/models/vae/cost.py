@@ -107,7 +107,7 @@ class Ledger:
         # stored frames of a chunk live beside their copy until it is complete
         peak = (own + skip) * (2 if frames > 1 or given else 1)
         states = held = 0
-        found = []
+        several, found = False, []
         for index in range(start, end):
             layer = self.layers[index]
             if layer.attends:
@@ -115,7 +115,8 @@ class Ledger:
             made = self._made(layer, frames, self.frames(index + 1))
             result = made * self.row_bytes[index + 1] * came[index - start + 1]
             step, state = self._step(index, frames, used[index - start], result, own, skip)
-            peak, states = max(peak, held + step), states + state
+            several = several or self.frames(index) > length  # else there is no past
+            peak, states = max(peak, held + step), states + (state if several else 0)
             skip = own if layer.opens else 0 if layer.closes else skip
             own = result
             if made > length:

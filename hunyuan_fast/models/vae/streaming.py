@@ -8,6 +8,7 @@ whole clip. Those are collected by passes that go as far as the norm and keep no
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -143,8 +144,13 @@ class _Sample:
     ) -> None:
         """Send the rows of one strip through the chain, chunk by chunk of frames."""
         chain = range(segment.start, step.stop)
-        stages = [Convolution(self._vae, self._layers[n], self._stats.get(n)) for n in chain]
-        frames, arrived = self._sizes[segment.start][0], 0
+        lengths = [self._sizes[n][0] for n in chain]
+        stages = [
+            # frames that all come in one chunk are nobody's past
+            Convolution(self._vae, self._layers[n], self._stats.get(n), last=whole <= step.frames)
+            for n, whole in zip(chain, accumulate(lengths, max), strict=True)
+        ]
+        frames, arrived = lengths[0], 0
         rows = (way.came[0], way.used[-1]) if way else (None, None)
         for start, stop in spans(frames, step.frames):
             side = self._side.read(start, stop, last=last, rows=rows[0]) if self._side else None
