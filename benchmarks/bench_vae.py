@@ -73,6 +73,17 @@ def cases(device: torch.device, *, quick: bool) -> list[Case]:
     ]
 
 
+def with_random_weights(vae: HunyuanVideoVAE) -> HunyuanVideoVAE:
+    """The VAE with weights of which none is so small that a mistake would hide."""
+    generator = torch.Generator(next(vae.parameters()).device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            spread = 0.2 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
+            parameter.normal_(center, spread, generator=generator)
+    return vae.eval()
+
+
 @cache
 def _network(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> "_Network":
     return _Network(config, dtype, device)
@@ -88,15 +99,8 @@ class _Network:
 
     @cached_property
     def native(self) -> HunyuanVideoVAE:
-        """Ours with random weights, none of them so small that a mistake would hide."""
-        vae = self.empty().to_empty(device=self.device)
-        generator = torch.Generator(self.device).manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in vae.named_parameters():
-                center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-                spread = 0.2 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
-                parameter.normal_(center, spread, generator=generator)
-        return vae.eval()
+        """Ours with random weights."""
+        return with_random_weights(self.empty().to_empty(device=self.device))
 
     def empty(self) -> HunyuanVideoVAE:
         """Ours without memory for its weights."""
