@@ -7,15 +7,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hunyuan_fast.dispatch import use
+from hunyuan_fast import dispatch
 from hunyuan_fast.kernels.causal_conv3d import library_impl
 from hunyuan_fast.models import HunyuanVideoVAE
 from hunyuan_fast.models.vae import planner
 from hunyuan_fast.models.vae.budget import read_bytes, show_bytes
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.cost import SLACK, Ledger
-from hunyuan_fast.models.vae.layers import layers_of, sizes_of
+from hunyuan_fast.models.vae.layers import Layer, layers_of, sizes_of
 from hunyuan_fast.models.vae.planner import least_budget, plan_decode, plan_encode
+from hunyuan_fast.models.vae.workspace import Call, answering, workspace
 from tests.models.vae_cases import TINY, tiny_vae
 
 REAL = VAEConfig()
@@ -67,7 +68,7 @@ def test_arithmetic_is_what_torch_counts(generator, half, monkeypatch):
             path = f"hunyuan_fast.{place}.{name}"
             monkeypatch.setattr(path, by_the_library, raising=False)
     counter = FlopCounterMode(display=False)
-    with use("library_impl", "causal_conv3d"), torch.no_grad(), counter:
+    with dispatch.use("library_impl", "causal_conv3d"), torch.no_grad(), counter:
         getattr(vae, half)(x)
     ledger = Ledger(vae.config, half, tuple(x.shape[2:]), torch.float32, "cpu_impl")
     # kernel-1 convolutions run as matrix products, which the counter sees as well
@@ -113,6 +114,22 @@ def test_strips_work_in_less_memory(half, monkeypatch):
     without = least_budget(half, REAL, shape, torch.float32)
     planner._cached_planner.cache_clear()
     assert with_strips < without / 2
+
+
+def test_plans_depend_on_who_answers():
+    shape = 1, 16, 5, 32, 32
+    found = {}
+    for name in ("cpu_impl", "library_impl", "reference"):
+        if name in dispatch.implementations("causal_conv3d"):
+            with dispatch.use(name, "causal_conv3d"):
+                assert answering(torch.float32, torch.device("cpu")) == name
+                found[name] = least_budget("decode", REAL, shape, torch.float32)
+    assert list(found.values()) == sorted(found.values())
+    if "cpu_impl" in found:
+        assert least_budget("decode", REAL, shape, torch.float32) == found["cpu_impl"]
+    # the kernels of a GPU read by index too
+    call = Call(Layer("", 64, 64), 2, 4, 2, 90, 160, 4 * 64 * 90 * 160 * 2)
+    assert workspace(call, "triton_impl") < call.result < workspace(call, "library_impl")
 
 
 @pytest.mark.parametrize("half", ["encode", "decode"])
