@@ -109,9 +109,7 @@ class _Convolution:
     def new_map(self, sizes: Iterable[int]) -> Tensor:
         """(B, O, T', H', W') for these T', H', W'."""
         shape = (self.x.shape[0], self._weight.shape[0], *sizes)
-        y = torch.empty(shape, memory_format=_LAYOUT)
-        _C.causal_conv3d_prefer_huge_pages(y.movedim(1, -1))  # all of it, while nobody has written
-        return y
+        return torch.empty(shape, memory_format=_LAYOUT)
 
     def run(
         self, spans: tuple[Spans, ...], origin: Triple, y: Tensor, residual: Tensor | None = None
