@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -32,6 +33,16 @@ float widened(uint16_t bits) {
     float value;
     std::memcpy(&value, &wide, 4);
     return value;
+}
+
+// Throws unless [at, at + count) lies within [0, size).
+int64_t within(int64_t at, int64_t count, int64_t size, char const* of) {
+    if (at < 0 || at + count > size) throw std::out_of_range(of);
+    return at;
+}
+
+int64_t elements_of(Rows const& map, int b, Extent const& size, int channels) {
+    return offset_in(map, b - 1, size.t - 1, size.h - 1, size.w - 1) + channels;
 }
 
 uint16_t rounded(float value) {
@@ -104,6 +115,7 @@ struct Block {
     using Shape = Tile<N>;
 
     HopperParams const& p;
+    int const samples = int(p.positions / (p.out.t * p.out.h * p.out.w));
     SharedMemory shared{std::vector<uint8_t>(Shape::kBytes, kUnwritten)};
     char const* wrong = nullptr;
 
@@ -119,13 +131,17 @@ struct Block {
                     auto const* const map = static_cast<uint16_t const*>(source.past ? p.past.data : p.x.data);
                     uint32_t const to = copied_offset(r, warp, lane, i);
                     if (to != sm90::chunk_offset(row, chunk)) wrong = report("a copy leaves its row");
-                    if (to + 16 > Shape::kRowsBytes || written[to]) wrong = report("a chunk is written twice");
+                    if (written.at(to)) wrong = report("a chunk is written twice");
                     written[to] = true;
-                    std::memcpy(rows + to, map + source.offset + channel + chunk * 8, 16);
+                    Extent const size = source.past ? Extent{p.past_frames, p.in.h, p.in.w} : p.in;
+                    int64_t const from = source.offset + channel + chunk * 8;
+                    within(from, 8, elements_of(source.past ? p.past : p.x, samples, size, p.C), "a map");
+                    std::memcpy(rows + within(to, 16, Shape::kRowsBytes, "a stage"), map + from, 16);
                 }
         auto const* const weights = static_cast<uint16_t const*>(p.weights);
-        std::memcpy(&shared.bytes[Shape::kWeights + stage * Shape::kWeightBytes],
-                    weights + packed_stage(tile.column_tile, step, steps_of(p.C, p.kernel), N), Shape::kWeightBytes);
+        int64_t const from = packed_stage(tile.column_tile, step, steps_of(p.C, p.kernel), N);
+        within(from, Shape::kWeightBytes / 2, packed_size(p.O, p.C, p.kernel), "packed weights");
+        std::memcpy(&shared.bytes[Shape::kWeights + stage * Shape::kWeightBytes], weights + from, Shape::kWeightBytes);
     }
 
     void multiply(int consumer, int step, int stage, std::vector<Sums<N>>& sums) {
@@ -154,7 +170,8 @@ struct Block {
                     for (int i = 0; i < kOutColumns / 2; i += 2) {
                         int const row = sm90::accumulator_row(lane, i), at = sm90::accumulator_column(lane, i);
                         float const* const pair = sums[block].of(warp * 32 + lane) + part * (kOutColumns / 2) + i;
-                        std::memcpy(out + out_offset(row, at / 4) + at % 4 * 4, pair, 8);
+                        int64_t const to = out_offset(row, at / 4) + at % 4 * 4;
+                        std::memcpy(out + within(to, 8, kOutBytes, "a warp's bytes"), pair, 8);
                     }
                 for (int lane = 0; lane < 32; ++lane)
                     for (int pass = 0; pass < kOutRows / 4; ++pass) {
@@ -167,8 +184,12 @@ struct Block {
     void send_eight(uint8_t const* out, uint32_t position, int row, int chunk_column, int column) {
         Place const o = place_of(p, position);
         float eight[8];
-        std::memcpy(eight, out + out_offset(row, chunk_column / 4), 16);
-        std::memcpy(eight + 4, out + out_offset(row, chunk_column / 4 + 1), 16);
+        for (int half = 0; half < 2; ++half) {
+            int64_t const from = out_offset(row, chunk_column / 4 + half);
+            std::memcpy(eight + 4 * half, out + within(from, 16, kOutBytes, "a warp's bytes"), 16);
+        }
+        int64_t const to = offset_in(p.y, o.b, o.t, o.h, o.w) + column;
+        within(to, 8, elements_of(p.y, samples, p.out, p.O), "y");
         for (int i = 0; i < 8; ++i) {
             float sum = eight[i];
             if (p.bias) sum += widened(static_cast<uint16_t const*>(p.bias)[column + i]);
@@ -176,7 +197,7 @@ struct Block {
                 int64_t const at = offset_in(p.residual, o.b, o.t, o.h, o.w) + column + i;
                 sum += widened(static_cast<uint16_t const*>(p.residual.data)[at]);
             }
-            static_cast<uint16_t*>(p.y.data)[offset_in(p.y, o.b, o.t, o.h, o.w) + column + i] = rounded(sum);
+            static_cast<uint16_t*>(p.y.data)[to + i] = rounded(sum);
         }
     }
 
@@ -228,7 +249,8 @@ char const* pack(uint16_t const* weight, uint16_t* packed, int64_t const* number
     auto const spans = [&](int axis, int tap) { return numbers + 10 + axis * 54 + tap; };
     for (int64_t n = 0; n < packed_size(O, C, kernel) / 8; ++n) {
         PackedChunk const chunk = packed_chunk(n, C, kernel, columns);
-        if (chunk.channel + 8 > C || chunk.tap.t >= kernel.t) return report("a packed chunk is of no channels");
+        bool const inside = chunk.tap.t < kernel.t && chunk.tap.h < kernel.h && chunk.tap.w < kernel.w;
+        if (chunk.channel + 8 > C || !inside) return report("a packed chunk is of no channels or of no tap");
         int64_t const *t = spans(0, chunk.tap.t), *h = spans(1, chunk.tap.h), *w = spans(2, chunk.tap.w);
         for (int c = 0; c < 8; ++c) {
             float sum = 0;
@@ -257,7 +279,11 @@ char const* forward(void* const* pointers, int64_t const* numbers) {
     p.x = rows_of(pointers[0], numbers + 19), p.past = rows_of(pointers[1], numbers + 23);
     p.y = rows_of(pointers[2], numbers + 27), p.residual = rows_of(pointers[3], numbers + 31);
     p.weights = pointers[4], p.bias = pointers[5];
-    return tile_columns(p.O) == 256 ? run_tiles<256>(p) : run_tiles<128>(p);
+    try {
+        return tile_columns(p.O) == 256 ? run_tiles<256>(p) : run_tiles<128>(p);
+    } catch (std::out_of_range const& what) {
+        return report(std::string("out of range: ") + what.what());
+    }
 }
 
 // Whether a quarter of a warp (16 bytes each) or half of it (8 bytes each) meets in a bank of shared memory.
