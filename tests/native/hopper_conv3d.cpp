@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -316,90 +315,6 @@ char const* bank_conflicts() {
             if (lane % 8 == 7) addresses.clear();
         }
     return nullptr;
-}
-
-// The producer and the consumers as they wait for each other, over some tiles, in a random order of events.
-char const* ring(int tiles, int steps, int seed) {
-    struct Barrier {
-        int expected = 0, pending = 0;
-        int64_t bytes = 0;
-        uint32_t phase = 0;
-
-        void init(int arrivals) { expected = pending = arrivals; }
-        void settle() {
-            if (pending == 0 && bytes == 0) phase ^= 1, pending = expected;
-        }
-        void arrive() { --pending, settle(); }
-        void come(int64_t more) { bytes -= more, settle(); }
-        bool over(uint32_t parity) const { return phase != parity; }
-    };
-    // what is under way to a stage: an arrival after copies, or bytes of weights
-    struct Landing {
-        int stage;
-        int64_t bytes;
-    };
-    struct Agent {
-        sm90::Ring<kStages> ring;
-        int done = 0, reading = -1;
-    };
-    constexpr int kWeights = 100;
-    Barrier full[kStages], empty[kStages];
-    for (auto& each : full) each.init(sm90::kWarpgroup + 1);
-    for (auto& each : empty) each.init(kConsumers * 4);
-    std::vector<int> holds(kStages, -1);
-    std::vector<Landing> landing;
-    Agent producer, consumers[kConsumers];
-    std::mt19937 random{static_cast<unsigned>(seed)};
-    int const total = tiles * steps;
-    auto const produce = [&]() -> char const* {
-        int const stage = producer.ring.stage;
-        if (producer.done == total || !empty[stage].over(producer.ring.phase ^ 1)) return nullptr;
-        for (auto const& each : consumers) {
-            if (each.reading == stage) return report("a stage is written while products read it");
-        }
-        full[stage].bytes += kWeights, full[stage].arrive();
-        landing.push_back({stage, kWeights});
-        for (int thread = 0; thread < sm90::kWarpgroup; ++thread) landing.push_back({stage, 0});
-        holds[stage] = producer.done++;
-        producer.ring.advance();
-        return nullptr;
-    };
-    auto const release = [&](Agent& consumer) {
-        if (consumer.reading >= 0) {
-            for (int warp = 0; warp < 4; ++warp) empty[consumer.reading].arrive();
-        }
-        consumer.reading = -1;
-    };
-    // the products of a step are over before its stage is given back, one step later or at the end of the tile
-    auto const consume = [&](Agent& consumer) -> char const* {
-        int const stage = consumer.ring.stage;
-        if (consumer.done == total || !full[stage].over(consumer.ring.phase)) return nullptr;
-        if (holds[stage] != consumer.done) return report("a stage holds another step than is read");
-        for (auto const& each : landing) {
-            if (each.stage == stage) return report("a stage is read before all of it has come");
-        }
-        release(consumer);
-        consumer.reading = stage, ++consumer.done;
-        consumer.ring.advance();
-        if (consumer.done % steps == 0) release(consumer);
-        return nullptr;
-    };
-    for (int64_t event = 0; event < int64_t(total) * 4000; ++event) {
-        if (consumers[0].done == total && consumers[1].done == total) return nullptr;
-        auto const choice = random() % 8;
-        char const* wrong = nullptr;
-        if (choice == 0) wrong = produce();
-        if (choice == 1 || choice == 2) wrong = consume(consumers[choice - 1]);
-        if (wrong != nullptr) return wrong;
-        if (choice > 2 && !landing.empty()) {
-            auto& picked = landing[random() % landing.size()];
-            Landing const landed = picked;
-            picked = landing.back(), landing.pop_back();
-            if (landed.bytes > 0) full[landed.stage].come(landed.bytes);
-            else full[landed.stage].arrive();
-        }
-    }
-    return report("they wait for ever");
 }
 
 }  // extern "C"

@@ -32,8 +32,8 @@ def library(folder: Path, headers: Path = ROOT / "csrc") -> ctypes.CDLL:
     target = folder / "hopper_conv3d.so"
     warnings = ["-Wall", "-Wextra", "-Werror"] if headers == ROOT / "csrc" else ["-w"]
     flags = ["-std=c++17", "-O2", *warnings, f"-I{headers}"]
-    source = ROOT / "tests/native/hopper_conv3d.cpp"
-    subprocess.run([compiler(), *flags, "-shared", "-fPIC", source, "-o", target], check=True)
+    sources = [ROOT / "tests/native" / name for name in ("hopper_conv3d.cpp", "hopper_ring.cpp")]
+    subprocess.run([compiler(), *flags, "-shared", "-fPIC", *sources, "-o", target], check=True)
     loaded = ctypes.CDLL(str(target))
     loaded.packed_elements.restype = ctypes.c_int64
     for function in (loaded.pack, loaded.forward, loaded.bank_conflicts, loaded.ring):

@@ -179,6 +179,25 @@ def test_refusals(impl, generator, monkeypatch):
         assert reason(on_gpu) is None
 
 
+def test_native_refusals():
+    native = pytest.importorskip("hunyuan_fast._C", reason="the native module is not built here")
+    if not native.has_cuda:
+        pytest.skip("the native module was built without CUDA")
+    with pytest.raises(ValueError, match="multiples of 64, got C = 16 and O = 64"):
+        native.causal_conv3d_packed_size_hopper(64, 16, (3, 3, 3))
+    assert native.causal_conv3d_packed_size_hopper(192, 128, (1, 2, 3)) == 256 * 128 * 6
+    x = torch.zeros(1, 64, 2, 3, 4, dtype=torch.bfloat16)
+    weight, packed = x.new_zeros(64, 64, 1, 1, 1), x.new_zeros(128 * 64)
+    spans = [[(0, 1)]] * 3
+    with pytest.raises(ValueError, match="weight must be on a CUDA device"):
+        native.causal_conv3d_pack_hopper(weight, spans, packed, 0)
+    with pytest.raises(ValueError, match="weight must be bfloat16 or float16"):
+        native.causal_conv3d_pack_hopper(weight.float(), spans, packed, 0)
+    ones = (1, 1, 1)
+    with pytest.raises(ValueError, match="x must be on a CUDA device"):
+        native.causal_conv3d_forward_hopper(x, None, packed, None, None, x, *[ones] * 3, 0)
+
+
 # ---- machine code
 
 
