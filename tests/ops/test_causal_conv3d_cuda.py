@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import re
+import subprocess
 
 import pytest
 import torch
@@ -61,6 +62,7 @@ CASES = {
     "doubled image": {"shape": (1, 64, 1, 3, 2), "factor": (2, 2, 2)},
 }
 SOURCES = sorted((ROOT / "csrc/causal_conv3d").glob("*.cu"))
+INSTRUCTIONS = ROOT / "tests/native/sm90.cu"
 
 
 @pytest.fixture
@@ -203,7 +205,7 @@ def test_native_refusals():
 
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", [*SOURCES, INSTRUCTIONS], ids=lambda path: path.stem)
 def test_cuda_kernels_do_not_spill(source, arch):
     assert_no_spills(source, arch)
 
@@ -251,6 +253,18 @@ LARGE = {
     "stride": {"shape": (1, 256, 5, 64, 64), "channels": 256, "stride": (2, 2, 2)},
     "pointwise": {"shape": (1, 256, 3, 90, 161), "channels": 128, "kernel": 1},
 }
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
+def test_each_instruction_on_a_gpu(tmp_path):
+    """Products, copies and barriers alone: where the kernel is wrong, this says what of it."""
+    program = tmp_path / "sm90"
+    flags = ["-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([nvcc(), *flags, INSTRUCTIONS, "-o", program], check=True)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    assert (result.stdout, result.returncode) == ("ok\n", 0)
 
 
 @pytest.mark.gpu
