@@ -2,6 +2,7 @@
 
 python -m benchmarks                    everything
 python -m benchmarks fused_modulation   some; the tests of each run first and must pass
+python -m benchmarks vae --only 720p    some cases; the others keep their places in the result
 python -m benchmarks --quick            small shapes, a few rounds: whether it works, not how fast
 python -m benchmarks --summary          render docs/performance.md from the committed results
 """
@@ -41,6 +42,13 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small shapes, a few rounds")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
+    )
+    parser.add_argument(
+        "--only",
+        metavar="TEXT",
+        default="",
+        help="only cases with this in 'function name dtype'; joined with the result at hand if it "
+        "is of the same code and machine",
     )
     parser.add_argument("--summary", action="store_true", help="render docs/performance.md")
     parser.add_argument(
@@ -105,12 +113,15 @@ def _measure(op: str, options: argparse.Namespace) -> None:
         op,
         torch.device(device),
         quick=options.quick,
+        only=options.only,
         tests="skipped" if options.skip_test else "passed",
         command=options.command,
         progress=lambda text: _CONSOLE.print(f"[dim]{text}[/]"),
     )
     table.show(result, _CONSOLE)
     path = record.path_of(result)
+    if options.only:
+        result = record.joined(result, path)
     record.save(result, path)
     _CONSOLE.print(f"saved {_short(path)}")
     if chart.can_draw():

@@ -3,8 +3,10 @@
 A room ``kernels/<op>/`` holds its implementations as modules, each with ``forward``, ``backward``,
 ``supports(...)`` (``None`` for yes, or the reason why not) and ``VERIFIED_ON`` (the architectures
 where a committed result shows that it is right and faster than the next one). The first that
-objects to nothing answers. ``HUNYUAN_FAST_IMPL=triton_impl`` or ``with use("triton_impl"):`` names
-one, verified or not: it answers, or the call fails.
+objects to nothing answers, unless it knows better: ``prefers(arch, ...)``, which a module may have,
+names another one for calls that a committed result has shown to be faster there, or None. The other
+answers if it is verified and can. ``HUNYUAN_FAST_IMPL=triton_impl`` or ``with use("triton_impl"):``
+names one, verified or not, preferred or not: it answers, or the call fails.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import takewhile
 from types import ModuleType
 
 import torch
@@ -70,6 +73,12 @@ def explain(op: str, *args: object) -> dict[str, str | None]:
         reasons[name] = impl.supports(*args)
         if reasons[name] is None and not {arch, "*"} & impl.VERIFIED_ON:
             reasons[name] = f"unverified on {arch}: no committed result"
+    first = next((name for name, reason in reasons.items() if reason is None), None)
+    if first is not None:
+        answer = _preferred(op, implementations(op)[first], arch, args)
+        chosen = answer.__name__.rsplit(".", 1)[-1]
+        for name in takewhile(lambda name: name != chosen, reasons):
+            reasons[name] = reasons[name] or f"{chosen} is faster for this call"
     return reasons
 
 
@@ -130,8 +139,17 @@ def _select_verified(op: str, args: tuple[object, ...]) -> ModuleType:
     arch = _arch(args)
     for impl, verified_on in _verified(op):
         if (arch in verified_on or "*" in verified_on) and impl.supports(*args) is None:
-            return impl
+            return _preferred(op, impl, arch, args)
     raise RuntimeError(f"no implementation of {op} answers this call: {explain(op, *args)}")
+
+
+def _preferred(op: str, impl: ModuleType, arch: str, args: tuple[object, ...]) -> ModuleType:
+    """What ``impl``, which would answer, leaves the call to: itself as a rule."""
+    prefers = getattr(impl, "prefers", None)
+    other = implementations(op).get(prefers(arch, *args)) if prefers else None
+    if other is None or not {arch, "*"} & other.VERIFIED_ON or other.supports(*args) is not None:
+        return impl
+    return other
 
 
 def _select_named(op: str, named: str, args: tuple[object, ...]) -> ModuleType:

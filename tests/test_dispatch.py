@@ -90,6 +90,34 @@ def test_an_unverified_one_answers_only_by_name(room):
     assert dispatch.select(op, X).forward(X) == "reference"
 
 
+@pytest.mark.parametrize("name", ["library_impl", "reference", "missing_impl"])
+def test_one_that_knows_a_faster_one_leaves_the_call_to_it(name, room):
+    refusal = {"reason": "x must be short", "refuses": "x.numel() > 6"}
+    op = room("made_preference", cpu_impl={}, library_impl=refusal, reference={})
+    module = dispatch.implementations(op)["cpu_impl"]
+    module.prefers = lambda arch, x: name if arch == "cpu" and x.numel() > 3 else None
+    assert dispatch.select(op, X).forward(X) == "cpu_impl"
+    long, longer = torch.ones(5), torch.ones(7)
+    chosen = name if name != "missing_impl" else "cpu_impl"
+    assert dispatch.select(op, long).forward(long) == chosen
+    found = dispatch.explain(op, long)
+    assert next(each for each, reason in found.items() if reason is None) == chosen
+    if chosen != "cpu_impl":
+        assert found["cpu_impl"] == f"{chosen} is faster for this call"
+    # what it prefers cannot take this one; and who is named answers whatever it prefers
+    expected = "cpu_impl" if name != "reference" else "reference"
+    assert dispatch.select(op, longer).forward(longer) == expected
+    with dispatch.use("cpu_impl", op):
+        assert dispatch.select(op, long).forward(long) == "cpu_impl"
+
+
+def test_an_unverified_one_is_not_preferred(room):
+    op = room("made_unproven", cpu_impl={}, library_impl={"verified": "{'sm_90'}"}, reference={})
+    dispatch.implementations(op)["cpu_impl"].prefers = lambda arch, x: "library_impl"
+    assert dispatch.select(op, X).forward(X) == "cpu_impl"
+    assert dispatch.explain(op, X)["cpu_impl"] is None
+
+
 def test_the_named_one_answers_or_raises_with_its_reason(room):
     refusal = {"reason": "x must be 2-d", "refuses": "x.ndim != 2"}
     op = room("made_named", library_impl=refusal, reference={})

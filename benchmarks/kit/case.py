@@ -85,15 +85,16 @@ class Case:
     call: the public function, taking those tensors
     arguments: the same call as ``dispatch.explain`` of ``op`` takes it
     ours: where no op is measured, and there are no ``arguments``: our ways to the result, of which
-        the first, which is always available, is what one gets without asking
+        one is always available; the first is what one gets without asking, unless a context asks
     work: the least work of each pass that is measured
     plain_flops: where the least work leaves something out that is written down: FLOPs with it
     meaningful: maps an output, or its gradient, to the part that everyone must agree on
     cold: inputs come from memory, not from a cache, as between two layers of a large model
     alternating: on a CPU, also measured in turn with an operation of torch
-    rounds: how long to measure where a call takes so long that this is not for the run to say;
-        the first call is then the only one before
-    large: on a CPU, the memory of the first call is read as well; it is large enough to be seen
+    rounds: how long to measure where a call takes so long that this is not for the run to say; on
+        a CPU the first call is then the only one before, on a GPU kernels are still compiled in it
+    large: the peak of memory is that of the first call, on a CPU too, where it must be large enough
+        to be seen; no call is made for it alone
     conv3d: channels, frames, rows and columns of a 3D convolution of 3 x 3 x 3 taps, which is timed
         beside the matrix product
     """

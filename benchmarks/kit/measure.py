@@ -36,26 +36,29 @@ class Setting:
 class Trial:
     """What the first calls showed: distance from the reference, seconds of a warm call.
 
-    resident_bytes: on a CPU, where it was asked for, the peak of memory during the first one
+    peak_bytes: where it was asked for, the peak of memory during the first one
     """
 
     difference: float
     seconds: float
-    resident_bytes: int | None = None
+    peak_bytes: int | None = None
 
 
 def measure(op: str, case: Case, what: str, setting: Setting) -> Measurement:
     """Time everyone who can take part in one pass of a case, beside the floor of the machine.
 
     Raises RuntimeError when one of ours does not compute what the reference does, or what the first
-    of ours does where there is no reference.
+    of ours does where there is no reference, and when none of ours is left.
     """
     inputs = Inputs(case, setting.device, setting.clock, setting.seed)
     found, declined = contenders(op, case, inputs.sets[0])
     runs = {c.name: Bound(c.call, what, inputs) for c in found}
     entries = {c.name: Entry(runs[c.name], context_of(c, what)) for c in found}
     trials = _try_out(op, case, what, setting, found, entries, declined)
-    answering = next(c.name for c in found if c.answers)
+    left = [c for c in found if c.kind == OURS and c.name in trials]
+    if not left:
+        raise RuntimeError(f"{op}: none of ours can do {case.name} {what}: {declined}")
+    answering = next((c.name for c in left if c.answers), left[0].name)
     _leave_out_slow(trials, answering, setting.rounds, declined)
 
     ready = [c for c in found if c.name in trials]
@@ -198,8 +201,9 @@ def _try_one(
 
     num_bytes = None
     with entry.context():
-        if case.large and setting.device.type == "cpu":
-            num_bytes = resident.growth(first)
+        if case.large:
+            on_cpu = setting.device.type == "cpu"
+            num_bytes = resident.growth(first) if on_cpu else clock.peak_bytes(first)
         else:
             first()
         result = list(found.pop())
@@ -208,13 +212,13 @@ def _try_one(
         else:
             result = alike(contender.call, result)
         difference = relative_difference(result, result if expected is None else expected)
-        if case.rounds is None:
+        if case.rounds is None or setting.device.type != "cpu":
             seconds.append(clock.sample(entry.run, 1))
     return result, Trial(difference, seconds[-1], num_bytes)
 
 
 def _peak_mib(entry: Entry, clock: Clock, trial: Trial) -> float | None:
-    num_bytes = trial.resident_bytes
+    num_bytes = trial.peak_bytes
     if num_bytes is None:
         with entry.context():
             num_bytes = clock.peak_bytes(entry.run)

@@ -1,7 +1,8 @@
 """The most memory that a call on the CPU has at a time, from the system's own record of it.
 
 What was freed before is given back, the record of the highest resident size of this process is set
-to the present, and the call is made. What the record has grown by is the peak.
+to the present, and the call is made. What the record has grown by is the peak. Pages of files are
+left out: those of libraries come and go with the system's needs.
 """
 
 import ctypes
@@ -26,9 +27,9 @@ def growth(run: Callable[[], object]) -> int | None:
         return None
     trim(0)
     _RESET.write_text("5")
-    before = _bytes("VmRSS")
+    own, files = _bytes("RssAnon"), _bytes("RssFile")
     run()
-    return max(0, _bytes("VmHWM") - before)
+    return max(0, _bytes("VmHWM") - own - max(files, _bytes("RssFile")))
 
 
 def _bytes(field: str) -> int:

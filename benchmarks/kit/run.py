@@ -1,7 +1,7 @@
 """All cases of an op on one device."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,8 +28,13 @@ def run(
     tests: str,
     command: str,
     progress: Callable[[str], None],
+    only: str = "",
 ) -> Result:
-    """Measure every case of an op in every pass; ``tests`` and ``command`` go into the result."""
+    """Measure every case of an op in every pass; ``tests`` and ``command`` go into the result.
+
+    only: a text, and cases without it in their function, name and dtype stay out. Raises ValueError
+    when that leaves none.
+    """
     # Helpers that outlive a compilation would pass for neighbours, and may take a core.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     clock = clock_for(device, machine.cache_bytes())
@@ -39,7 +44,7 @@ def run(
     clock.warm_up()
 
     measurements, alternations = [], []
-    for case in load(op).cases(device, quick=quick):
+    for case in _chosen(load(op).cases(device, quick=quick), only):
         for what in (each for each in PASSES if each in case.work):
             progress(f"{op}: {case.function} {case.name} {case.dtype_name}, {what}")
             measurements.append(measure(op, case, what, _setting_for(case, setting)))
@@ -56,6 +61,14 @@ def run(
         measurements=measurements,
         alternations=alternations,
     )
+
+
+def _chosen(cases: Sequence[Case], only: str) -> list[Case]:
+    names = [f"{case.function} {case.name} {case.dtype_name}" for case in cases]
+    found = [case for case, name in zip(cases, names, strict=True) if only in name]
+    if not found:
+        raise ValueError(f"--only: no case holds {only!r}; there are {'; '.join(names)}")
+    return found
 
 
 def _setting_for(case: Case, setting: Setting) -> Setting:

@@ -1,5 +1,7 @@
 """One run on the terminal: ours, peers, floor."""
 
+import math
+
 from rich.console import Console
 from rich.table import Table
 
@@ -18,8 +20,9 @@ def show(result: Result, console: Console) -> None:
     )
     for measurement in result.measurements:
         console.print(table_of(measurement))
-        if told := rates(measurement):
-            console.print(f"  {told}", style="dim", soft_wrap=True)
+        for told in (rates(measurement), distances(measurement)):
+            if told:
+                console.print(f"  {told}", style="dim", soft_wrap=True)
         for name, reason in measurement.declined.items():
             console.print(f"  {name}: {reason}", style="dim", markup=False, soft_wrap=True)
     for a in result.alternations:
@@ -99,6 +102,16 @@ def rates(m: Measurement) -> str | None:
         f"TFLOP/s: {', '.join(reached)}; conv3d {number(m.conv3d_tflop_per_s)}, "
         f"matmul {number(m.matmul_tflop_per_s)}"
     )
+
+
+def distances(m: Measurement) -> str | None:
+    """How far results lie from the first one's, as signal to noise, where rates are told."""
+    others = [t for t in m.timings if t.difference > 0]
+    if rates(m) is None or not others:
+        return None
+    first = next((t.name for t in m.timings if t.difference == 0), "the first")
+    noise = (f"{t.name} {-20 * math.log10(t.difference):.1f} dB" for t in others)
+    return f"signal to noise against {first}: {', '.join(noise)}"
 
 
 def title_of(m: Measurement) -> str:

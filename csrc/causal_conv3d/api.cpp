@@ -146,6 +146,7 @@ void forward(TensorView const& x, TensorView const& past, TensorView const& pack
 
 HUNYUAN_FAST_BIND(causal_conv3d, m) {
     using release_gil = py::call_guard<py::gil_scoped_release>;
+    m.def("causal_conv3d_prefer_huge_pages", &prefer_huge_pages);
     m.def("causal_conv3d_packed_size_cpu", &packed_size);
     m.def("causal_conv3d_pack_cpu", &pack, release_gil());
     m.def("causal_conv3d_forward_cpu", &forward, release_gil());

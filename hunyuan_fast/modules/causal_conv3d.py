@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hunyuan_fast.modules.group_norm import GroupNormSiLU
-from hunyuan_fast.ops.causal_conv3d import causal_conv3d, fuses_norm
+from hunyuan_fast.ops import causal_conv3d, group_norm_silu_conv3d
+from hunyuan_fast.ops.causal_conv3d import fuses_norm
 
 
 class CausalConv3d(nn.Module):
@@ -30,24 +31,35 @@ class CausalConv3d(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, norm: GroupNormSiLU | None = None
     ) -> Tensor:
-        """norm: comes before, without a map of its own where the convolution can apply it.
+        """norm: comes before; its result is kept neither for backward nor, at inference, made where
+        the convolution can apply it on its way.
 
         residual: what the result is added to, like it; at inference in the same pass.
         """
+        if torch.is_grad_enabled():
+            y = self._with_gradients(x, norm)
+            return y if residual is None else residual + y
         conv, scale, shift = self.conv, None, None
         if norm is not None:
             if fuses_norm(x, conv.weight):
                 scale, shift = norm.scale_and_shift(x)
             else:
                 x = norm(x)
-        fused = None if torch.is_grad_enabled() else residual
-        y = causal_conv3d(
+        return causal_conv3d(
             x,
             conv.weight,
             conv.bias,
             stride=self.stride,
             scale=scale,
             shift=shift,
-            residual=fused,
+            residual=residual,
         )
-        return y if residual is None or fused is not None else residual + y
+
+    def _with_gradients(self, x: Tensor, norm: GroupNormSiLU | None) -> Tensor:
+        weights = self.conv.weight, self.conv.bias
+        if norm is None:
+            return causal_conv3d(x, *weights, stride=self.stride)
+        if self.stride != (1, 1, 1):
+            return causal_conv3d(norm(x), *weights, stride=self.stride)
+        vectors = norm.weight, norm.bias
+        return group_norm_silu_conv3d(x, norm.num_groups, *vectors, *weights, eps=norm.eps)

@@ -14,6 +14,7 @@ from hunyuan_fast.ops.group_norm_silu import (
     group_norm_stats,
     merge_group_norm_stats,
 )
+from hunyuan_fast.ops.group_norm_silu_conv3d import group_norm_silu_conv3d
 from hunyuan_fast.ops.qk_norm_rope import qk_norm_rope
 from hunyuan_fast.ops.rope3d_attention import apply_rope3d, attention, rope3d_attention
 
@@ -28,6 +29,7 @@ __all__ = [
     "gelu_tanh",
     "group_norm_affine",
     "group_norm_silu",
+    "group_norm_silu_conv3d",
     "group_norm_stats",
     "layer_norm_modulate",
     "merge_group_norm_stats",

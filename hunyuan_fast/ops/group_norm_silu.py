@@ -45,10 +45,7 @@ def group_norm_silu(
     _check_maps(x, num_groups)
     _check_vector("weight", weight, x)
     _check_vector("bias", bias, x)
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be positive and finite, got {eps}")
+    _check_eps(eps)
     if stats is not None:
         _check_stats("stats", stats)
         _check_stats_of(stats, x, num_groups)
@@ -226,6 +223,13 @@ def _check_vector(name: str, vector: Tensor, x: Tensor) -> None:
             f"{name} and x must both be float64 or neither, got {vector.dtype} and {x.dtype}"
         )
     _check_device(name, vector, x)
+
+
+def _check_eps(eps: float) -> None:
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, got {eps}")
 
 
 def _check_stats(name: str, stats: Tensor) -> None:

@@ -109,7 +109,9 @@ class _Convolution:
     def new_map(self, sizes: Iterable[int]) -> Tensor:
         """(B, O, T', H', W') for these T', H', W'."""
         shape = (self.x.shape[0], self._weight.shape[0], *sizes)
-        return torch.empty(shape, memory_format=_LAYOUT)
+        y = torch.empty(shape, memory_format=_LAYOUT)
+        _C.causal_conv3d_prefer_huge_pages(y.movedim(1, -1))  # all of it, while nobody has written
+        return y
 
     def run(
         self, spans: tuple[Spans, ...], origin: Triple, y: Tensor, residual: Tensor | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hunyuan_fast.kernels.causal_conv3d import cudnn
 from hunyuan_fast.kernels.causal_conv3d.phases import (
     begins_alone,
     phase_weights,
@@ -19,6 +20,7 @@ from hunyuan_fast.kernels.causal_conv3d.phases import (
     sum_in_time,
     wide,
 )
+from hunyuan_fast.kernels.causal_conv3d.reference import full_precision
 
 VERIFIED_ON = frozenset({"cpu"})
 
@@ -38,7 +40,7 @@ def supports(x: Tensor, weight: Tensor, *_: object) -> str | None:
         return f"x must be on the CPU or a CUDA device, it is on {x.device}"
     if not x.shape[0]:
         return f"x must have samples, its shape is {tuple(x.shape)}"
-    return None
+    return cudnn.objection(x, weight)
 
 
 def forward(
@@ -53,7 +55,7 @@ def forward(
     residual: Tensor | None = None,
 ) -> Tensor:
     """y (B, O, T', H', W'), channels-last."""
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), full_precision(x):
         if scale is not None and shift is not None:
             x = activated(x, scale, shift)
             past = None if past is None else activated(past, scale, shift)
@@ -78,7 +80,7 @@ def backward(
     """dx, dweight, dbias and dpast, each where it is wanted."""
     want_x, want_weight, want_bias, want_past = wants
     dx = dweight = dbias = dpast = None
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), full_precision(x):
         if want_x or want_weight or want_past:
             clip = want_x or want_past
             if factor is None:
@@ -253,7 +255,7 @@ def _backward_upsampled(
 
 
 @dataclass(frozen=True)
-class _Margins:
+class Margins:
     """How often the first frame stands before the map, and edges of rows and columns beside it."""
 
     frames: int
@@ -281,34 +283,42 @@ def _sum_into(edge: Tensor, parts: Tensor, dim: int) -> None:
     edge.copy_(parts.sum(dim, keepdim=True, dtype=wide(parts.dtype)))
 
 
-def _margins(weight: Tensor, past: Tensor | None, upsampled: bool = False) -> _Margins:
+def _margins(weight: Tensor, past: Tensor | None, upsampled: bool = False) -> Margins:
     """For a kernel, or for one phase of it, which has one tap in a margin in any case."""
     lead = weight.shape[2] - 1
     if upsampled:
-        return _Margins(lead - (0 if past is None else past.shape[2]), 1, 1)
+        return Margins(lead - (0 if past is None else past.shape[2]), 1, 1)
     rows, columns = (size // 2 for size in weight.shape[3:])
-    return _Margins(lead if past is None else 0, rows, columns)
+    return Margins(lead if past is None else 0, rows, columns)
 
 
-def _padded(x: Tensor, past: Tensor | None, margins: _Margins) -> Tensor:
+def _padded(x: Tensor, past: Tensor | None, margins: Margins) -> Tensor:
     """[past, x] with its margins."""
+    if x.device.type == "cpu" and (past is None or not past.shape[2]):
+        rows, columns = margins.rows, margins.columns
+        return F.pad(x, (columns, columns, rows, rows, margins.frames, 0), mode="replicate")
+    # On GPUs that gives a map in torch's usual layout, which a convolution would have to copy.
+    return padded_channels_last(x, past, margins)
+
+
+def padded_channels_last(x: Tensor, past: Tensor | None, margins: Margins) -> Tensor:
+    """[past, x] with its margins, channels-last: a copy, and edges of that."""
     rows, columns = margins.rows, margins.columns
-    sides = (columns, columns, rows, rows)
-    if past is None or not past.shape[2]:
-        return F.pad(x, (*sides, margins.frames, 0), mode="replicate")
     batch, channels, frames, height, width = x.shape
-    before = margins.frames + past.shape[2]
-    shape = (batch, channels, before + frames, height + 2 * rows, width + 2 * columns)
-    padded = _new_map(x, shape)
-    padded[:, :, :before] = F.pad(past, (*sides, margins.frames, 0), mode="replicate")
-    inner = padded[:, :, before:, rows : rows + height, columns : columns + width]
-    inner.copy_(x)
-    whole = padded[:, :, before:]
-    for dim, margin, size in ((3, rows, height), (4, columns, width)):
+    given = 0 if past is None else past.shape[2]
+    lead = margins.frames + given
+    size = lead + frames, height + 2 * rows, width + 2 * columns
+    padded = _new_map(x, (batch, channels, *size))
+    inner = padded[:, :, :, rows : rows + height, columns : columns + width]
+    inner[:, :, lead:] = x
+    if past is not None and given:
+        inner[:, :, margins.frames : lead] = past
+    inner[:, :, : margins.frames] = inner[:, :, margins.frames : margins.frames + 1]
+    for dim, margin, length in ((3, rows, height), (4, columns, width)):
         if margin:
-            first, last = whole.narrow(dim, margin, 1), whole.narrow(dim, margin + size - 1, 1)
-            whole.narrow(dim, 0, margin).copy_(first)
-            whole.narrow(dim, margin + size, margin).copy_(last)
+            first, last = (padded.narrow(dim, margin + n, 1) for n in (0, length - 1))
+            padded.narrow(dim, 0, margin).copy_(first)
+            padded.narrow(dim, margin + length, margin).copy_(last)
     return padded
 
 

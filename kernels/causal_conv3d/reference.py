@@ -1,6 +1,7 @@
 """The causal convolution by its definition: repeat, pad, convolve; backward tap by tap."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def forward(
     residual: Tensor | None = None,
 ) -> Tensor:
     """y (B, O, T', H', W'), channels-last."""
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), full_precision(x):
         clip = x if past is None else torch.cat((past, x), dim=2)
         if scale is not None and shift is not None:
             gain, offset = (v[:, :, None, None, None] for v in (scale, shift))
@@ -135,3 +136,22 @@ def _clip_gradient(
 
 def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
+
+
+@contextmanager
+def full_precision(x: Tensor) -> Iterator[None]:
+    """Convolutions of fp32 on x's device multiply fp32, not numbers cut to TF32.
+
+    TF32 is torch's default for cuDNN's convolutions. It keeps ten bits, and its 3D kernels were
+    wrong as well from 9.10.2 to 9.15.
+    """
+    if x.device.type != "cuda":
+        yield
+        return
+    settings = torch.backends.cudnn.conv
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

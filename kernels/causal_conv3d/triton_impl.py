@@ -80,7 +80,7 @@ def forward(
     """y (B, O, T', H', W'), channels-last."""
     plan = _Plan.of(x, weight, stride, past, factor)
     channels = weight.shape[0]
-    choice = tile(channels, x.shape[1], x.element_size(), scale is not None)
+    choice = tile(channels, x.shape[1], x.element_size(), scale is not None, _on_hopper(x))
     x = _channels_last(x)
     before = x if past is None else _channels_last(past)
     y = _new_map(x, (x.shape[0], channels, *plan.out_size))
@@ -108,6 +108,7 @@ def forward(
             OUT=channels,
             OUT_PAD=kernels.shape[-1],
             PAST=plan.past,
+            ALIGNED=_aligned(x, before),
             **plan.constants,
             HAS_BIAS=bias is not None,
             ACTIVATED=scale is not None,
@@ -302,6 +303,7 @@ def _launch_weight_gradient(dy: Tensor, x: Tensor, past: Tensor | None, plan: _P
         C=channels,
         OUT=columns,
         PAST=plan.past,
+        ALIGNED=_aligned(x, before),
         **plan.constants,
         BLOCK_M=choice.rows,
         BLOCK_N=choice.columns,
@@ -333,6 +335,18 @@ def _channels_last(t: Tensor) -> Tensor:
 def _steps(t: Tensor) -> tuple[int, ...]:
     """Strides of samples, frames, rows and columns."""
     return t.stride(0), *t.stride()[2:]
+
+
+def _aligned(*maps: Tensor) -> bool:
+    """Whether every position of the maps begins at a multiple of 16 bytes."""
+    return all(
+        t.data_ptr() % 16 == 0 and all(n * t.element_size() % 16 == 0 for n in _steps(t))
+        for t in maps
+    )
+
+
+def _on_hopper(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def _new_map(x: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -22,24 +22,34 @@ def _phase(program, FT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr):
 def _clip_rows(
     x_ptr,
     past_ptr,
-    x_base,
-    past_base,
+    b,
     frame,
     row,
     column,
+    height,
+    width,
     x_strides,
     past_strides,
     PAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """Pointers to the channels of positions of [past, x]; frames of past are below zero."""
-    f = frame.to(tl.int64)
-    r = row.to(tl.int64)
-    c = column.to(tl.int64)
-    pointers = x_ptr + (x_base + f * x_strides[0] + r * x_strides[1] + c * x_strides[2])
+    """Pointers to the channels of the nearest position in [past, x]; past is below frame zero.
+
+    ALIGNED: all of them are multiples of 16 bytes. Of a choice between two the compiler does not
+    see it by itself, and would read value by value.
+    """
+    f = tl.maximum(frame, -PAST)
+    r = tl.minimum(tl.maximum(row, 0), height - 1).to(tl.int64)
+    c = tl.minimum(tl.maximum(column, 0), width - 1).to(tl.int64)
+    t = f.to(tl.int64)
+    at = b * x_strides[0] + t * x_strides[1]
+    pointers = x_ptr + (at + r * x_strides[2] + c * x_strides[3])
     if PAST > 0:
-        before = past_base + (f + PAST) * past_strides[0]
-        before += r * past_strides[1] + c * past_strides[2]
-        pointers = tl.where(frame < 0, past_ptr + before, pointers)
+        before = b * past_strides[0] + (t + PAST) * past_strides[1]
+        before += r * past_strides[2] + c * past_strides[3]
+        pointers = tl.where(f < 0, past_ptr + before, pointers)
+        if ALIGNED:
+            pointers = tl.multiple_of(pointers, 16)
     return pointers
 
 
@@ -76,6 +86,7 @@ def forward_kernel(
     OUT: tl.constexpr,
     OUT_PAD: tl.constexpr,
     PAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
     KT: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -116,6 +127,8 @@ def forward_kernel(
     TAPS: tl.constexpr = KT * KH * KW
     EVEN: tl.constexpr = C % BLOCK_K == 0
     weights = weight_ptr + phase.to(tl.int64) * (TAPS * C * OUT_PAD)
+    x_strides = (stride_xb, stride_xt, stride_xh, stride_xw)
+    past_strides = (stride_pb, stride_pt, stride_ph, stride_pw)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for step in range(TAPS * CHANNEL_BLOCKS):
         tap = step // CHANNEL_BLOCKS
@@ -123,13 +136,8 @@ def forward_kernel(
         f = frame * STEP_T + (tap // (KH * KW) - LEAD_T + pt * SHIFT_T)
         r = row * STEP_H + ((tap // KW) % KH - LEAD_H + ph)
         q = column * STEP_W + (tap % KW - LEAD_W + pw)
-        f = tl.maximum(f, -PAST)
-        r = tl.minimum(tl.maximum(r, 0), height - 1)
-        q = tl.minimum(tl.maximum(q, 0), width - 1)
-        x_strides = (stride_xt, stride_xh, stride_xw)
-        past_strides = (stride_pt, stride_ph, stride_pw)
         met = _clip_rows(
-            x_ptr, past_ptr, b * stride_xb, b * stride_pb, f, r, q, x_strides, past_strides, PAST
+            x_ptr, past_ptr, b, f, r, q, height, width, x_strides, past_strides, PAST, ALIGNED
         )
         at_x = met[:, None] + c[None, :]
         at_w = weights + (tap * C + c)[:, None] * OUT_PAD + n[None, :]
@@ -308,6 +316,7 @@ def weight_gradient_kernel(
     C: tl.constexpr,
     OUT: tl.constexpr,
     PAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
     KT: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -337,8 +346,8 @@ def weight_gradient_kernel(
     c = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    x_strides = (stride_xt, stride_xh, stride_xw)
-    past_strides = (stride_pt, stride_ph, stride_pw)
+    x_strides = (stride_xb, stride_xt, stride_xh, stride_xw)
+    past_strides = (stride_pb, stride_pt, stride_ph, stride_pw)
     start = tl.program_id(2) * chunk
     end = tl.minimum(start + chunk, batch * of_sample)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -350,13 +359,11 @@ def weight_gradient_kernel(
         row = (k // columns) % rows
         frame = (k // (columns * rows)) % (of_sample // (columns * rows))
         b = (k // of_sample).to(tl.int64)
-        f = tl.maximum(frame * STEP_T + (tap // (KH * KW) - LEAD_T + pt * SHIFT_T), -PAST)
+        f = frame * STEP_T + (tap // (KH * KW) - LEAD_T + pt * SHIFT_T)
         r = row * STEP_H + ((tap // KW) % KH - LEAD_H + ph)
         q = column * STEP_W + (tap % KW - LEAD_W + pw)
-        r = tl.minimum(tl.maximum(r, 0), height - 1)
-        q = tl.minimum(tl.maximum(q, 0), width - 1)
         met = _clip_rows(
-            x_ptr, past_ptr, b * stride_xb, b * stride_pb, f, r, q, x_strides, past_strides, PAST
+            x_ptr, past_ptr, b, f, r, q, height, width, x_strides, past_strides, PAST, ALIGNED
         )
         mask = valid[:, None]
         z = tl.load(met[:, None] + c[None, :], mask=mask & (c < C)[None, :], other=0.0)

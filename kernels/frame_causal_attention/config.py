@@ -1,7 +1,8 @@
 """Launch choices: pure functions of sizes, so that tests can ask them anything.
 
 No GPU has timed these yet. They follow from arithmetic: what a program keeps of a head, tiles of
-the inputs in shared memory and sums in registers, must fit into 163 KB and 255 registers a thread.
+the inputs in shared memory and sums in registers, must fit into 163 KB and 255 registers a thread;
+on Hopper into 227 KB.
 """
 
 from dataclasses import dataclass
@@ -25,14 +26,19 @@ class Tile:
     num_stages: int
 
 
-def forward_tile(head_dim: int, tokens_per_frame: int) -> Tile:
+def forward_tile(head_dim: int, tokens_per_frame: int, hopper: bool = False) -> Tile:
     """A block of queries of one frame, which goes through its keys.
 
     Heads of 512 features are split: two programs make the scores, half as much work again, and one
     half of the outputs each. Sums for all 512 features would leave room for 32 queries only, too
     few for the matrix instructions of sm_90, and twice the traffic of keys and values.
+
+    On Hopper 128 queries and 64 keys fit (196 KB, 240 registers): half of that traffic again, and
+    products as tall as two groups of four warps take side by side.
     """
     block = _block(head_dim)
+    if hopper and block == MAX_HEAD_DIM and tokens_per_frame >= 128:
+        return Tile(block=block, values=256, queries=128, keys=64, num_warps=8, num_stages=1)
     queries = _rows(tokens_per_frame, 64)
     many = block > 128
     return Tile(

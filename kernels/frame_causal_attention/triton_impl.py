@@ -51,7 +51,8 @@ def forward(
     q, k, v = (_rows(x) for x in (q, k, v))
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, num_heads, queries), dtype=torch.float32)
-    tile = forward_tile(head_dim, tokens_per_frame)
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    tile = forward_tile(head_dim, tokens_per_frame, hopper)
     programs = queries // tokens_per_frame * triton.cdiv(tokens_per_frame, tile.queries)
     with _device_of(q):
         forward_kernel[(programs, batch * num_heads * triton.cdiv(head_dim, tile.values))](

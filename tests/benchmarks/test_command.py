@@ -201,3 +201,13 @@ def test_results_are_plain_json(tmp_path):
     wanted = {"device", "driver", "cpu", "threads", "torch", "python"}
     assert wanted <= data["machine"].keys()
     assert {"commit", "date", "command"} <= data["source"].keys()
+
+
+def test_cases_are_chosen_by_what_they_are_called(small, monkeypatch, capsys):
+    verdict(monkeypatch, True)
+    asked = ["fused_modulation", "--device", "cpu", "--only"]
+    assert command.main([*asked, "small float32"]) == 0
+    (path,) = small.glob("results/*/fused_modulation.json")
+    assert len(record.load(path).measurements) == len(PASSES)
+    assert command.main([*asked, "large"]) == 1
+    assert "no case holds 'large'; there are" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """One measurement: who takes part, what is compared, and what the figures are relative to."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -27,6 +27,7 @@ from benchmarks.kit.measure import Setting, Trial, best_peer, measure, relative_
 from benchmarks.kit.pairing import Entry, Rounds, Samples
 from benchmarks.kit.running import Bound, Inputs
 from benchmarks.kit.statistics import Spread
+from benchmarks.kit.summary import answering
 from hunyuan_fast import dispatch
 
 OP = "fused_modulation"
@@ -155,9 +156,27 @@ def test_without_an_op_the_first_of_ours_answers_and_others_may_fail():
     }
     with pytest.raises(RuntimeError, match="no kernel for this"):
         measure("whole", own(Entrant("plain", lambda: fail)), FORWARD, setting())
+    broken = own(Entrant("plain", lambda: fail), *others[:1])
+    with pytest.raises(
+        RuntimeError, match=r"none of ours can do small forward.*no kernel for this"
+    ):
+        measure("whole", broken, FORWARD, setting())
     twice = own(Entrant("plain", lambda: eager), Entrant("off", lambda: wrong))
     with pytest.raises(RuntimeError, match="whole: off is wrong in small forward"):
         measure("whole", twice, FORWARD, setting())
+
+
+def test_where_the_first_is_asked_for_by_name_none_answers():
+    def context():
+        return nullcontext()
+
+    named = [Entrant(name, lambda: eager, context) for name in ("broken", "slow", "fast")]
+    named[0] = replace(named[0], build=lambda: fail)
+    m = measure("whole", own(*named), FORWARD, setting())
+    assert [t.name for t in m.timings if t.kind == OURS] == ["slow", "fast"]
+    assert not any(t.answers for t in m.timings) and "broken" in m.declined
+    quicker = replace(m.timings[1], ms=Spread(1e-3, 1e-3, 1e-3))
+    assert answering(replace(m, timings=[m.timings[0], quicker])).name == "fast"
 
 
 def test_weights_are_differentiated_compared_and_not_counted_as_kept():

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.kit.contenders import OURS, REFERENCE
 from benchmarks.kit.discover import RESULTS, ROOT, SCRATCH
-from benchmarks.kit.record import RecordError, dumps, load, loads, path_of, save
+from benchmarks.kit.record import RecordError, dumps, joined, load, loads, path_of, save
 from benchmarks.kit.statistics import Spread, geometric_mean
 from hunyuan_fast import dispatch
 from tests.benchmarks.fakes import constant, measurement, result, timing
@@ -44,6 +44,29 @@ def test_evidence_and_other_runs_are_kept_apart():
     assert path_of(gpu) == RESULTS / "nvidia-h200" / "scale.json"
 
 
+def test_some_cases_join_the_others_of_the_same_code_and_machine(tmp_path):
+    path = tmp_path / "scale.json"
+    old = result(measurements=[measurement(case="a"), measurement(case="b", num_bytes=1)])
+    new = result(measurements=[measurement(case="b", num_bytes=2)], neighbours=0.5)
+    new = replace(new, source=replace(new.source, command="python -m benchmarks scale --only b"))
+    assert joined(new, path) == new
+    save(old, path)
+    both = joined(new, path)
+    assert [(m.case, m.num_bytes) for m in both.measurements] == [
+        ("a", measurement().num_bytes),
+        ("b", 2),
+    ]
+    assert both.neighbours == 0.5
+    assert both.source.command == f"{old.source.command}; python -m benchmarks scale --only b"
+    save(both, path)
+    assert joined(new, path) == both
+    for foreign in (
+        replace(new, source=replace(new.source, commit="another")),
+        replace(new, machine=replace(new.machine, threads=97)),
+    ):
+        assert joined(foreign, path) == foreign
+
+
 def edited(**changes: object) -> str:
     return json.dumps({**json.loads(dumps(result())), **changes})
 
@@ -58,6 +81,7 @@ def of(**changes: object) -> str:
     return dumps(result(measurements=[measurement(**changes)]))
 
 
+TWO_ANSWERS = [timing(name, answers=True) for name in ("cpu_impl", "reference")]
 TIMED_TWICE = [timing("cpu_impl", answers=True), timing("cpu_impl")]
 
 
@@ -78,7 +102,8 @@ TIMED_TWICE = [timing("cpu_impl", answers=True), timing("cpu_impl")]
         (edited(measurements=[]), "measurements must not be empty"),
         (without("source"), "result lacks source"),
         (of(what="sideways"), "what must be one of forward"),
-        (of(timings=[timing("cpu_impl")], best_peer=None), "exactly one implementation"),
+        (of(timings=TWO_ANSWERS, best_peer=None), "one implementation answers, or none"),
+        (of(timings=[timing("a", "peer")], best_peer=None), "one of the timings must be ours"),
         (of(timings=TIMED_TWICE, best_peer=None), "names in timings must differ"),
         (of(best_peer="nobody"), "best_peer 'nobody' was not timed"),
         (

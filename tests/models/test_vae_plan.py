@@ -1,5 +1,7 @@
 """Plans are pure functions of shapes: what they promise, how they read, when they refuse."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -8,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from hunyuan_fast.dispatch import use
 from hunyuan_fast.kernels.causal_conv3d import library_impl
 from hunyuan_fast.models import HunyuanVideoVAE
+from hunyuan_fast.models.vae import planner
 from hunyuan_fast.models.vae.budget import read_bytes, show_bytes
 from hunyuan_fast.models.vae.config import VAEConfig
-from hunyuan_fast.models.vae.cost import LIBRARY, Ledger
+from hunyuan_fast.models.vae.cost import SLACK, Ledger
 from hunyuan_fast.models.vae.layers import layers_of, sizes_of
-from hunyuan_fast.models.vae.plan import least_budget, plan_decode, plan_encode
+from hunyuan_fast.models.vae.planner import least_budget, plan_decode, plan_encode
 from tests.models.vae_cases import TINY, tiny_vae
 
 REAL = VAEConfig()
@@ -63,9 +66,10 @@ def test_arithmetic_is_what_torch_counts(generator, half, monkeypatch):
         for name in ("causal_conv3d", "upsample_causal_conv3d"):
             path = f"hunyuan_fast.{place}.{name}"
             monkeypatch.setattr(path, by_the_library, raising=False)
-    with use("library_impl", "causal_conv3d"), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with use("library_impl", "causal_conv3d"), torch.no_grad(), counter:
         getattr(vae, half)(x)
-    ledger = Ledger(vae.config, half, tuple(x.shape[2:]), torch.float32)
+    ledger = Ledger(vae.config, half, tuple(x.shape[2:]), torch.float32, "cpu_impl")
     # kernel-1 convolutions run as matrix products, which the counter sees as well
     assert sum(ledger.flops) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
@@ -75,7 +79,7 @@ def test_more_memory_never_means_more_arithmetic(planned):
     half = planned.__name__.removeprefix("plan_")
     shape = FRAMES_720P if half == "decode" else (1, 3, 129, 720, 1280)
     least = least_budget(half, REAL, shape, torch.bfloat16)
-    plans = [planned(REAL, shape, torch.bfloat16, int(least * 1.2**n)) for n in range(16)]
+    plans = [planned(REAL, shape, torch.bfloat16, int(least * 1.2**n)) for n in range(28)]
     extras = [plan.extra for plan in plans]
     assert extras == sorted(extras, reverse=True)
     assert extras[-1] == pytest.approx(1)
@@ -100,10 +104,35 @@ def test_the_least_budget_is_named_and_works():
         plan_decode(REAL, FRAMES_720P, torch.float32, "6GiB")
 
 
+@pytest.mark.parametrize("half", ["encode", "decode"])
+def test_strips_work_in_less_memory(half, monkeypatch):
+    shape = FRAMES_720P if half == "decode" else (1, 3, 129, 720, 1280)
+    with_strips = least_budget(half, REAL, shape, torch.float32)
+    planner._cached_planner.cache_clear()
+    monkeypatch.setattr(planner, "_STRIPS", (1,))
+    without = least_budget(half, REAL, shape, torch.float32)
+    planner._cached_planner.cache_clear()
+    assert with_strips < without / 2
+
+
+@pytest.mark.parametrize("half", ["encode", "decode"])
+def test_planning_is_fast(half):
+    shape = FRAMES_720P if half == "decode" else (1, 3, 129, 720, 1280)
+    planned = plan_decode if half == "decode" else plan_encode
+    planner._cached_planner.cache_clear()
+    begin = time.process_time()
+    least = least_budget(half, REAL, shape, torch.bfloat16)
+    plan = planned(REAL, shape, torch.bfloat16, least)
+    # it takes a tenth of that
+    assert time.process_time() - begin < 3
+    assert max(step.strips for segment in plan.segments for step in segment.passes) > 1
+
+
 def test_half_precision_and_offload_need_less():
-    full = least_budget("decode", REAL, FRAMES_720P, torch.float32) - LIBRARY
-    half = least_budget("decode", REAL, FRAMES_720P, torch.bfloat16) - LIBRARY
-    assert half == pytest.approx(full / 2, rel=0.05)
+    full = least_budget("decode", REAL, FRAMES_720P, torch.float32) - SLACK
+    half = least_budget("decode", REAL, FRAMES_720P, torch.bfloat16) - SLACK
+    # in 16 bits the library answers, which copies edges around its maps
+    assert full / 2 < half < 0.65 * full
     kept = plan_decode(REAL, FRAMES_720P, torch.bfloat16, 40 * GIB)
     parked = plan_decode(REAL, FRAMES_720P, torch.bfloat16, 40 * GIB, offload=True)
     assert parked.extra < kept.extra and parked.parked > 40 * GIB
@@ -124,7 +153,8 @@ def test_a_plan_reads_as_a_table():
     assert head.startswith("decode 1 x 16 x 9 x 32 x 32 in float32: peak ")
     assert "of 3.00GiB" in head and "times the arithmetic" in head
     assert columns.split() == [
-        *("stored", "map", "made", "by", "passes", "frames", "stored", "peak", "TFLOP")
+        *("stored", "map", "made", "by", "passes", "strips"),
+        *("frames", "stored", "peak", "TFLOP"),
     ]
     assert len(rows) == len(plan.segments)
     assert rows[0].startswith("decoder.conv_in ") and rows[-1].startswith("decoder.conv_out ")

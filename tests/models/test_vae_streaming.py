@@ -1,13 +1,19 @@
 """Encoding and decoding within a memory budget: the values of the whole clip, in its memory."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from hunyuan_fast.models import HunyuanVideoVAE
-from hunyuan_fast.models.vae.cost import LIBRARY
+from hunyuan_fast.models.vae.cost import SLACK
 from hunyuan_fast.models.vae.film import Film
-from hunyuan_fast.models.vae.plan import least_budget, plan_decode, plan_encode
+from hunyuan_fast.models.vae.planner import least_budget, plan_decode, plan_encode
 from hunyuan_fast.models.vae.streaming import stream
+from hunyuan_fast.models.vae.workspace import KEPT
 from tests.models.vae_cases import clip, tiny_vae
 from tests.models.vae_memory import LiveBytes
 
@@ -30,8 +36,8 @@ def close(actual, expected, tolerance=1e-4):
 def budgets(half, vae, shape):
     """From the least that works to plenty, close together where plans change."""
     least = least_budget(half, vae.config, shape, torch.float32)
-    maps = least - LIBRARY
-    return [*(LIBRARY + int(maps * factor) for factor in (1, 1.1, 1.3, 2)), PLENTY]
+    maps = least - SLACK
+    return [*(SLACK + int(maps * factor) for factor in (1, 1.1, 1.3, 2)), PLENTY]
 
 
 @pytest.mark.parametrize(("batch", "frames", "height", "width"), SIZES)
@@ -47,14 +53,14 @@ def test_any_budget_gives_the_whole_clip(generator, poison, batch, frames, heigh
             found = vae.encode(video, budget)
         close(found.mean, posterior.mean)
         close(found.logvar, posterior.logvar)
-        assert used.peak <= plan.peak - LIBRARY and plan.peak <= budget
+        assert used.peak <= plan.peak - SLACK and plan.peak <= budget
         extras.add(plan.extra)
     for budget in budgets("decode", vae, z.shape):
         plan = plan_decode(vae.config, z.shape, torch.float32, budget)
         with LiveBytes() as used:
             found = vae.decode(z, budget)
         close(found, decoded)
-        assert used.peak <= plan.peak - LIBRARY and plan.peak <= budget
+        assert used.peak <= plan.peak - SLACK and plan.peak <= budget
         extras.add(plan.extra)
     assert min(extras) == pytest.approx(1)
     assert frames == 1 or len(extras) > 2, "the budgets do not lead to different plans"
@@ -98,10 +104,37 @@ def test_memory_does_not_grow_with_the_clip_as_whole_maps_do(generator):
     """Four times the frames: whole maps take four times the memory, the least budget much less."""
     vae = tiny_vae(generator)
     least = [
-        least_budget("decode", vae.config, (1, 4, frames, 4, 4), torch.float32) - LIBRARY
+        least_budget("decode", vae.config, (1, 4, frames, 4, 4), torch.float32) - SLACK
         for frames in (9, 33)
     ]
-    assert least[1] < 2.2 * least[0]
+    assert least[1] < 3 * least[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("half", "shape"), [("encode", "1,3,33,96,96"), ("decode", "1,16,9,12,12")]
+)
+def test_resident_memory_keeps_to_the_plan(half, shape):
+    """What the system counts, in a process of its own: tensors, workspaces and the allocator."""
+    budgets = ("least", "150MiB", "100GiB")
+    command = [sys.executable, "-m", "benchmarks.vae_resident", "small", half, shape, *budgets]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        command,
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if not done.stdout:
+        pytest.skip("the system does not tell the highest resident size")
+    found = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(found) == len(budgets)
+    assert all(grown <= planned for planned, grown in found), found
+    # what is measured is real: with plenty it takes more than the least budget allows
+    assert found[-1][1] > found[0][0], found
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -113,7 +146,7 @@ def test_other_dtypes(generator, dtype):
     with LiveBytes() as used:
         found = vae.decode(z, least)
     assert found.dtype == dtype
-    assert used.peak <= least - LIBRARY
+    assert used.peak <= least - SLACK - KEPT
     error = (found - decoded).float().norm() / decoded.float().norm()
     assert error < 16 * torch.finfo(dtype).eps
 
@@ -123,7 +156,7 @@ def test_autocast(generator):
     video = clip(generator, 1, 3, 5, 16, 24)
     with torch.autocast("cpu", torch.bfloat16):
         whole = vae.decode(vae.encode(video).mode())
-        least = least_budget("encode", vae.config, video.shape, torch.float32)
+        least = least_budget("encode", vae.config, video.shape, torch.bfloat16)
         found = vae.decode(vae.encode(video, least).mode(), "1GiB")
     assert found.dtype == whole.dtype == torch.bfloat16
     assert (found - whole).float().norm() / whole.float().norm() < 32 * 2**-8
@@ -137,7 +170,7 @@ def test_inputs_of_any_layout_and_dtype(generator):
     least = least_budget("encode", vae.config, video.shape, torch.float32)
     with LiveBytes() as used:
         close(vae.encode(strided, least).mode(), expected)
-    assert used.peak <= least - LIBRARY
+    assert used.peak <= least - SLACK
     assert torch.equal(vae.encode(video.double(), "1GB").mode(), expected)
 
 

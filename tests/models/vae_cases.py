@@ -33,15 +33,29 @@ def tiny_vae(generator: torch.Generator, **changes: Any) -> HunyuanVideoVAE:
     return vae
 
 
+def released_vae(generator: torch.Generator) -> HunyuanVideoVAE:
+    """The released architecture; activations and what comes out are of the order of one."""
+    with torch.device("meta"):
+        vae = HunyuanVideoVAE()
+    vae = vae.to_empty(device="cpu").requires_grad_(False)
+    for name, parameter in vae.named_parameters():
+        center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        gain = 3 if "to_q" in name or "to_k" in name else 1  # a sharp attention
+        spread = 0.2 if parameter.dim() == 1 else gain * parameter[0].numel() ** -0.5
+        parameter.normal_(center, spread, generator=generator)
+    return vae
+
+
 def diffusers_twin(vae: HunyuanVideoVAE) -> Any:
-    """diffusers' class with the same weights, whole clips at a time."""
+    """diffusers' class with the same weights, in the same memory, whole clips at a time."""
     from diffusers import AutoencoderKLHunyuanVideo
 
     settings = config_to_diffusers(vae.config)
     del settings["_class_name"]
-    twin = AutoencoderKLHunyuanVideo(**settings)
-    twin.load_state_dict(vae.state_dict(), strict=True)
-    twin.use_framewise_encoding = twin.use_framewise_decoding = False
+    with torch.device("meta"):
+        twin = AutoencoderKLHunyuanVideo(**settings)
+    twin.load_state_dict(vae.state_dict(), strict=True, assign=True)
+    twin.use_framewise_encoding = twin.use_framewise_decoding = twin.use_tiling = False
     return twin
 
 

@@ -30,6 +30,10 @@ def _group_norm(x, weight, bias):
     return ops.group_norm_silu(x, GROUPS, weight, bias)
 
 
+def _normed(x, norm_weight, norm_bias, weight, bias):
+    return ops.group_norm_silu_conv3d(x, 3, norm_weight, norm_bias, weight, bias)
+
+
 def _prefixes(q, k, v):
     kv_len = torch.tensor([3, 5]).to(q.device)
     return ops.attention(q, k, v, kv_len=kv_len, return_lse=True)
@@ -66,6 +70,10 @@ CASES: dict[str, tuple[Callable[..., Tensor | Results], tuple[tuple[int, ...], .
     "gelu_tanh": (ops.gelu_tanh, (ROWS,), "gelu_tanh"),
     "concat_gelu_tanh": (ops.concat_gelu_tanh, (VECTORS, ROWS[:1] + (3,) + ROWS[2:]), "gelu_tanh"),
     "group_norm_silu": (_group_norm, (MAPS, CHANNELS, CHANNELS), "group_norm_silu"),
+    "group_norm_silu_conv3d": (
+        *(_normed, (MAP, TAPS[1:2], TAPS[1:2], TAPS, TAPS[:1])),
+        "group_norm_silu",
+    ),
     "qk_norm_rope one stream": (_heads, (PACKED, WEIGHT, WEIGHT), "qk_norm_rope"),
     "qk_norm_rope two streams": (_heads, (PACKED, WEIGHT, WEIGHT) * 2, "qk_norm_rope"),
     "causal_conv3d": (ops.causal_conv3d, (MAP, TAPS, TAPS[:1]), "causal_conv3d"),

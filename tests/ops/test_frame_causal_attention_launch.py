@@ -31,6 +31,13 @@ def test_tiles_are_powers_of_two_that_hold_a_head(kernel, head_dim, tokens):
     assert within_a_frame < max(2 * tokens, 17), "no program idles for more than half"
 
 
+def test_hopper_takes_larger_blocks_of_the_widest_heads():
+    wide = config.forward_tile(512, 1024, hopper=True)
+    assert (wide.queries, wide.keys, wide.values) == (128, 64, 256)
+    for call in ((512, 127), (256, 1024), (64, 1024)):
+        assert config.forward_tile(*call, hopper=True) == config.forward_tile(*call)
+
+
 def reason(name: str, call: Call) -> str | None:
     return implementations(ROOM)[name].supports(*call.arguments)
 
@@ -85,6 +92,8 @@ def test_programs_do_not_depend_on_their_order(generator):
 def specialisation(kernel: str, dtype: str, head_dim: int, arch: int) -> Specialisation:
     """What the launcher asks for, with frames of many tokens."""
     tile = TILES[kernel](head_dim, 1024)
+    if kernel == "forward_kernel":
+        tile = config.forward_tile(head_dim, 1024, hopper=arch == 90)
     inputs = {
         "forward_kernel": ("q", "k", "v"),
         "query_gradient_kernel": ("dout", "out", "q", "k", "v"),

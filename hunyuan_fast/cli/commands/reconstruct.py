@@ -175,7 +175,7 @@ def plan_round_trip(vae: "HunyuanVideoVAE", clip: "Tensor", budget: int) -> "tup
     Raises CommandError naming the least budget that works.
     """
     from hunyuan_fast.models.vae.budget import show_bytes
-    from hunyuan_fast.models.vae.plan import least_budget, plan_decode, plan_encode
+    from hunyuan_fast.models.vae.planner import least_budget, plan_decode, plan_encode
 
     config, weight = vae.config, next(vae.parameters())
     count, height, width, channels = clip.shape
@@ -188,9 +188,10 @@ def plan_round_trip(vae: "HunyuanVideoVAE", clip: "Tensor", budget: int) -> "tup
     # beside the VAE: the clip in bytes, in host memory, and until it is encoded as numbers
     frames = clip.numel() if weight.device.type == "cpu" else 0
     numbers = frames + clip.numel() * weight.dtype.itemsize
+    dtype, device = weight.dtype, weight.device
     least = max(
-        numbers + least_budget("encode", config, video, weight.dtype),
-        frames + least_budget("decode", config, latents, weight.dtype),
+        numbers + least_budget("encode", config, video, dtype, device=device),
+        frames + least_budget("decode", config, latents, dtype, device=device),
     )
     if budget < least:
         raise CommandError(
@@ -198,8 +199,8 @@ def plan_round_trip(vae: "HunyuanVideoVAE", clip: "Tensor", budget: int) -> "tup
             f"{show_bytes(budget)}; or ask for fewer --frames or a smaller --height"
         )
     return (
-        plan_encode(config, video, weight.dtype, budget - numbers),
-        plan_decode(config, latents, weight.dtype, budget - frames),
+        plan_encode(config, video, dtype, budget - numbers, device=device),
+        plan_decode(config, latents, dtype, budget - frames, device=device),
     )
 
 

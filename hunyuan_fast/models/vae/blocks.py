@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 from torch import Tensor, nn
@@ -13,6 +13,14 @@ from hunyuan_fast.modules.group_norm import GroupNormSiLU
 from hunyuan_fast.modules.resample import CausalDownsample, CausalUpsample
 
 Stride = tuple[int, int, int]
+# How to call a layer: as it is, or in a way that keeps less for backward.
+Run = Callable[[nn.Module, Tensor], Tensor]
+
+
+def plainly(layer: nn.Module, x: Tensor) -> Tensor:
+    """Call a layer as it is."""
+    y: Tensor = layer(x)
+    return y
 
 
 class ResnetBlock(nn.Module):
@@ -50,14 +58,16 @@ class _Level(nn.Module):
         return through(self.layers(), x)
 
 
-def through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+def through(layers: Iterable[nn.Module], x: Tensor, run: Run = plainly) -> Tensor:
     """The map behind all layers.
+
+    run: how to call one, but for those that change sizes: they keep no more than their input.
 
     One loop over the layers of all levels takes less memory than a level after the other: whoever
     calls a level keeps its input, which may be the largest map of all, until the level is through.
     """
     for layer in layers:
-        x = layer(x)
+        x = layer(x) if isinstance(layer, CausalDownsample | CausalUpsample) else run(layer, x)
     return x
 
 

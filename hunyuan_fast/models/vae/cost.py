@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
@@ -9,12 +10,31 @@ import torch
 
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.layers import Half, Layer, Size, layers_of, sizes_of
+from hunyuan_fast.models.vae.strips import course, strips
+from hunyuan_fast.models.vae.workspace import Call, fuses_norm, workspace
 
-# Blocks of the norms, small tensors, what the convolution library and the allocator keep for
-# themselves.
-LIBRARY = 96 << 20
-# Below this the CPU stacks the taps of a 3D convolution and runs it in 2D.
-_STACKED = 20480
+# Blocks of the norms, small tensors, what the allocator keeps for itself.
+SLACK = 32 << 20
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes in use beside stored maps: at the busiest moment, and when a chunk is at its end."""
+
+    busy: int
+    arrived: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows of the largest of several strips, at every point of a chain, and the work of them all.
+
+    came, used: as for `strips.Course`; flops: additions and multiplications of all strips.
+    """
+
+    came: list[int]
+    used: list[int]
+    flops: float
 
 
 class Ledger:
@@ -22,16 +42,19 @@ class Ledger:
 
     Point p lies before layer p; the last one is the result. Where the layer before a point opens a
     residual block, storing the point means storing two maps: what comes out of that layer, and what
-    went into it, for the sum.
+    went into it, for the sum. answers: the implementation of the convolutions, whose memory counts.
     """
 
-    def __init__(self, config: VAEConfig, half: Half, size: Size, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: VAEConfig, half: Half, size: Size, dtype: torch.dtype, answers: str
+    ) -> None:
         self.layers: tuple[Layer, ...] = layers_of(config, half)
         self.sizes = sizes_of(self.layers, size)
-        self.item = dtype.itemsize
+        self.item, self._answers = dtype.itemsize, answers
         channels = [self.layers[0].inputs, *(layer.outputs for layer in self.layers)]
-        self.frame_bytes = [
-            c * h * w * self.item for c, (_, h, w) in zip(channels, self.sizes, strict=True)
+        self.heights = [height for _, height, _ in self.sizes]
+        self.row_bytes = [
+            c * width * self.item for c, (_, _, width) in zip(channels, self.sizes, strict=True)
         ]
 
     @property
@@ -45,7 +68,7 @@ class Ledger:
 
     def map_bytes(self, point: int) -> int:
         """Bytes of the map at a point."""
-        return self.frames(point) * self.frame_bytes[point]
+        return self.frames(point) * self.heights[point] * self.row_bytes[point]
 
     def inside(self, point: int) -> bool:
         """Whether the point lies within a residual block."""
@@ -67,37 +90,56 @@ class Ledger:
         shortcut = self.layers[index - 1].inputs if layer.shortcut else 0
         return values * layer.outputs * (taps * layer.inputs + shortcut)
 
-    def work(self, start: int, length: int, *, given: bool) -> list[int]:
-        """Bytes in use beside stored maps while chunks of `length` frames go from `start` on.
+    def work(self, start: int, length: int, *, given: bool, rows: Span | None = None) -> list[Work]:
+        """What chunks of `length` frames take that go from `start` to each of the points after it.
 
-        One entry for every point after `start`; the attention is a way of its own, so the list ends
-        with it. given: the chunks are read from the caller's tensor.
+        The attention is a way of its own, so the list ends with it. given: the chunks are read from
+        the caller's tensor; rows: those of a strip, then the list ends with the strip's last point.
         """
         if self.layers[start].attends:
             return [self._attention(start, length)]
+        end = self.last if rows is None else start + len(rows.came) - 1
+        came = self.heights[start : end + 1] if rows is None else rows.came
+        used = came if rows is None else rows.used
         frames = min(length, self.frames(start))
-        width = frames * self.frame_bytes[start]
-        skip = frames * self.frame_bytes[start - 1] if self.inside(start) else 0
+        own = frames * self.row_bytes[start] * came[0]
+        skip = frames * self.row_bytes[start - 1] * came[0] if self.inside(start) else 0
         # stored frames of a chunk live beside their copy until it is complete
-        peak = (width + skip) * (2 if frames > 1 or given else 1)
+        peak = (own + skip) * (2 if frames > 1 or given else 1)
         states = held = 0
-        found = []
-        for index in range(start, self.last):
+        several, found = False, []
+        for index in range(start, end):
             layer = self.layers[index]
             if layer.attends:
                 break
             made = self._made(layer, frames, self.frames(index + 1))
-            step, state = self._step(index, frames, made, skip)
-            peak, states = max(peak, held + step), states + state
-            skip = frames * self.frame_bytes[index] if layer.opens else 0
-            width = made * self.frame_bytes[index + 1]
+            result = made * self.row_bytes[index + 1] * came[index - start + 1]
+            step, state = self._step(index, frames, used[index - start], result, own, skip)
+            several = several or self.frames(index) > length  # else there is no past
+            peak, states = max(peak, held + step), states + (state if several else 0)
+            skip = own if layer.opens else 0 if layer.closes else skip
+            own = result
             if made > length:
-                held, made = held + width, length
+                # pieces of it go on one by one, as views of the whole
+                held, own, made = held + own, 0, length
             frames = made
-            arrived = held + frames * self.frame_bytes[index + 1] + skip
-            peak = max(peak, arrived)
-            found.append(peak + states + LIBRARY)
+            # one frame that is no view is what will be stored
+            arrived = held + (own + skip if frames > 1 else 0)
+            found.append(Work(peak + states + SLACK, arrived + states + SLACK))
         return found
+
+    def span(self, start: int, end: int, count: int) -> Span:
+        """What `count` strips take on their way from start to end, halos and all."""
+        layers, heights = self.layers[start:end], self.heights[start : end + 1]
+        ways = [course(layers, heights, rows) for rows in strips(heights[-1], count)]
+        came, used = (
+            [[stop - first for first, stop in column] for column in zip(*parts, strict=True)]
+            for parts in ([way.came for way in ways], [way.used for way in ways])
+        )
+        flops = 0.0
+        for index, height, made in zip(range(start, end), heights[1:], came[1:], strict=True):
+            flops += self.flops[index] * sum(made) / height
+        return Span([max(n) for n in came], [max(n) for n in used], flops)
 
     @staticmethod
     def _made(layer: Layer, frames: int, most: int) -> int:
@@ -105,34 +147,36 @@ class Ledger:
         made = frames * layer.factor[0] if layer.upsamples else -(-frames // layer.stride[0])
         return min(made, most)
 
-    def _step(self, index: int, frames: int, made: int, skip: int) -> tuple[int, int]:
-        """Bytes at the busiest moment of one layer, and those it keeps between chunks."""
-        layer = self.layers[index]
-        value, result = self.frame_bytes[index], made * self.frame_bytes[index + 1]
-        width = frames * value
-        if layer.kernel == 1:
-            return width + 2 * result, 0
-        _, height, columns = self.sizes[index]
-        past = 1 if layer.factor[0] == 2 else layer.kernel - 1
-        edged = value * (height + 2) * (columns + 2) // (height * columns)
-        padded = (frames + past) * edged
-        weights = layer.inputs * layer.outputs * layer.kernel**3 * self.item
-        rows = layer.inputs * (frames + past) * (height + 2)
-        # the stack of taps, the library's copy of it and of the result, which is in another layout
-        stacked = 6 * padded + result if rows <= _STACKED else 0
-        if layer.upsamples:
-            # the window of one parity, the sums of taps in fp32, the parities beside the result
-            scratch = padded + 2 * result + 5 * max(weights, weights * 4 // self.item)
-        else:
-            scratch = result + 2 * weights
-        if layer.opens:
-            skip = width
-        norm = 2 * width + (0 if layer.opens else skip) if layer.norm else 0
-        convolution = skip + width + padded + past * value + stacked + scratch
-        total = result * (3 if layer.shortcut else 1) + skip if layer.closes else 0
-        return max(norm, convolution, total), past * value
+    def _step(
+        self, index: int, frames: int, rows: int, result: int, own: int, skip: int
+    ) -> tuple[int, int]:
+        """Bytes at the busiest moment of one layer, and those it keeps between chunks.
 
-    def _attention(self, index: int, length: int) -> int:
+        result: bytes that come out; own: those that are freed with the chunk, a view has none.
+        """
+        layer, frame = self.layers[index], self.row_bytes[index] * rows
+        past = 0
+        if layer.kernel > 1:
+            past = 1 if layer.factor[0] == 2 else layer.kernel - 1
+        peak, width = 0, frames * frame
+        if layer.norm and not fuses_norm(self._answers):
+            peak = own + width + skip
+            # the input stays for the sum of the block that begins here
+            skip, own = own if layer.opens else skip, width
+        columns = self.sizes[index][2]
+        if layer.shortcut:
+            beside = Layer("", self.layers[index - 1].inputs, layer.outputs, kernel=1)
+            call = Call(beside, self.item, frames, 0, rows, columns, result)
+            peak = max(peak, own + skip + result + workspace(call, self._answers))
+            skip = result
+        call = Call(layer, self.item, frames, past, rows, columns, result)
+        convolution = own + skip + result + workspace(call, self._answers)
+        # where time is halved the frames kept vary: those of before live beside the new ones
+        changing = past * frame if layer.stride[0] > 1 else 0
+        return max(peak, convolution + changing), past * frame
+
+    def _attention(self, index: int, length: int) -> Work:
         """Keys and values of the whole map, and a chunk between its norm and its sum."""
-        frames = min(length, self.frames(index))
-        return 2 * self.map_bytes(index) + 8 * frames * self.frame_bytes[index] + LIBRARY
+        chunk = min(length, self.frames(index)) * self.map_bytes(index) // self.frames(index)
+        whole = 2 * self.map_bytes(index) + SLACK
+        return Work(whole + 8 * chunk, whole + chunk)

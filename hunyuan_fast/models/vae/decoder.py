@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hunyuan_fast.models.vae.blocks import MidBlock, UpBlock, through
+from hunyuan_fast.models.vae.blocks import MidBlock, Run, UpBlock, plainly, through
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.modules.causal_conv3d import CausalConv3d
 from hunyuan_fast.modules.group_norm import GroupNormSiLU
@@ -35,7 +35,9 @@ class Decoder(nn.Module):
         self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, widths[-1])
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, run: Run = plainly) -> Tensor:
+        """run: how to call residual blocks and the attention."""
         levels = (self.mid_block, *self.up_blocks)
-        x = through((layer for level in levels for layer in level.layers()), self.conv_in(x))
+        layers = (layer for level in levels for layer in level.layers())
+        x = through(layers, self.conv_in(x), run)
         return self.conv_out(x, norm=self.conv_norm_out)

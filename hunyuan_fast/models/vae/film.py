@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hunyuan_fast.models.vae.layers import Rows
+
 
 class Film:
-    """The frames (1, C, 1, H, W) of a map, written and read in order.
+    """The frames (1, C, 1, H, W) of a map, written and read in order, whole or in strips.
 
     parked: frames wait in host memory, pinned where the device is a GPU, and come back on reading.
     """
@@ -25,7 +27,7 @@ class Film:
         self._device = x.device
         for frame in x.split(1, dim=2):
             if self._parked:
-                kept = torch.empty_like(frame, device="cpu", pin_memory=x.is_cuda)
+                kept = self._new(tuple(frame.shape), x)
                 kept.copy_(frame)
             else:
                 # a view would keep the whole tensor it is part of
@@ -33,9 +35,26 @@ class Film:
                 kept = frame if alone else frame.clone()
             self._frames.append(kept)
 
-    def read(self, start: int, stop: int, *, last: bool) -> Tensor:
-        """Frames start to stop; with `last` they are given up."""
+    def fill(self, start: int, rows: Rows, height: int, x: Tensor) -> None:
+        """Copy x (1, C, n, h, W) to these rows of frames of `height` from `start` on."""
+        self._device = x.device
+        for index, part in enumerate(x.split(1, dim=2), start):
+            if index == len(self._frames):
+                shape = (*part.shape[:3], height, part.shape[4])
+                self._frames.append(self._new(shape, x))
+            frame = self._frames[index]
+            assert frame is not None, "a frame was written after it had been given up"
+            frame[:, :, :, slice(*rows)] = part
+
+    def _new(self, shape: tuple[int, ...], x: Tensor) -> Tensor:
+        place = {"device": "cpu", "pin_memory": x.is_cuda} if self._parked else {"device": x.device}
+        return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last_3d, **place)
+
+    def read(self, start: int, stop: int, *, last: bool, rows: Rows | None = None) -> Tensor:
+        """Frames start to stop, or rows of them; with `last` they are given up."""
         frames = [self._frames[index] for index in range(start, stop)]
+        if rows is not None:
+            frames = [None if f is None else f[:, :, :, slice(*rows)] for f in frames]
         if last:
             for index in range(start, stop):
                 self._frames[index] = None

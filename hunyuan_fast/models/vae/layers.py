@@ -9,6 +9,7 @@ from hunyuan_fast.models.vae.config import VAEConfig
 
 Half = Literal["encode", "decode"]
 Size = tuple[int, int, int]
+Rows = tuple[int, int]  # from the first one to that behind the last
 _ONE = (1, 1, 1)
 
 
@@ -49,6 +50,18 @@ class Layer:
             frames = (frames - 1) // self.stride[0] + 1
             height, width = ((n - 1) // s + 1 for n, s in zip(area, self.stride[1:], strict=True))
         return frames, height, width
+
+    def reads(self, rows: Rows, height: int) -> Rows:
+        """Rows of an input of `height` that make rows of the result; they begin with a stride."""
+        factor, stride, reach = self.factor[1], self.stride[1], self.kernel // 2
+        first = (rows[0] * stride - reach) // factor // stride * stride
+        stop = ((rows[1] - 1) * stride + reach) // factor + 1
+        return max(first, 0), min(stop, height)
+
+    def makes(self, rows: Rows) -> Rows:
+        """Rows of the result that come of rows of the input which begin with a stride."""
+        factor, stride = self.factor[1], self.stride[1]
+        return rows[0] * factor // stride, -(-rows[1] * factor // stride)
 
 
 def layers_of(config: VAEConfig, half: Half) -> tuple[Layer, ...]:

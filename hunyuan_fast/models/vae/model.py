@@ -7,13 +7,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hunyuan_fast.models.vae.budget import read_bytes
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.decoder import Decoder
 from hunyuan_fast.models.vae.encoder import Encoder
 from hunyuan_fast.models.vae.inputs import check_budget, check_latents, check_video, check_whole
-from hunyuan_fast.models.vae.plan import Plan, plan_decode, plan_encode
+from hunyuan_fast.models.vae.plan import Plan
+from hunyuan_fast.models.vae.planner import plan_decode, plan_encode
 from hunyuan_fast.models.vae.posterior import DiagonalGaussian
 from hunyuan_fast.models.vae.streaming import Progress, stream
 from hunyuan_fast.models.vae.tiling import PRESETS, Tiling, latent_window, map_tiles, pixel_window
@@ -35,6 +37,7 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
         super().__init__()
         self.config = VAEConfig(**kwargs)
         self.tiling: Tiling | None = None
+        self.gradient_checkpointing = False
         latent = self.config.latent_channels
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
@@ -62,6 +65,10 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
     def disable_tiling(self) -> None:
         """Encode and decode whole clips from now on, as at first."""
         self.tiling = None
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Keep only the inputs of blocks and attentions for backward and compute the rest again."""
+        self.gradient_checkpointing = enabled
 
     def encode(
         self,
@@ -138,9 +145,12 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
     ) -> Tensor:
         """The result for x by a plan that keeps to the budget."""
         check_budget(self, x, tiled=self.tiling is not None, offload=offload)
-        dtype = self.quant_conv.weight.dtype
-        budget = read_bytes(memory_budget)
-        plan = planned(self.config, tuple(x.shape), dtype, budget, offload=offload)
+        weight, budget = self.quant_conv.weight, read_bytes(memory_budget)
+        dtype, device = weight.dtype, weight.device
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        shape = tuple(x.shape)
+        plan = planned(self.config, shape, dtype, budget, offload=offload, device=device)
         return stream(self, plan, x, progress)
 
     def _enter(self, x: Tensor) -> Tensor:
@@ -148,10 +158,15 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
         dtype = self.quant_conv.weight.dtype
         return x.to(dtype).contiguous(memory_format=torch.channels_last_3d)
 
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        y: Tensor = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        return y
+
     def _encode_tile(self, video: Tensor) -> Tensor:
-        moments = self.encoder(video)
+        moments = self.encoder(video, self._run)
         return causal_conv3d(moments, self.quant_conv.weight, self.quant_conv.bias)
 
     def _decode_tile(self, z: Tensor) -> Tensor:
         z = causal_conv3d(z, self.post_quant_conv.weight, self.post_quant_conv.bias)
-        return self.decoder(z)
+        return self.decoder(z, self._run)

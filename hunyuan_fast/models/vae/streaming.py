@@ -7,126 +7,38 @@ whole clip. Those are collected by passes that go as far as the norm and keep no
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import accumulate
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from hunyuan_fast.models.vae.chain import Chunk, Convolution, normed, pieces
 from hunyuan_fast.models.vae.film import Film, spans
-from hunyuan_fast.models.vae.layers import Layer, layers_of, sizes_of
+from hunyuan_fast.models.vae.layers import Rows, layers_of, sizes_of
+from hunyuan_fast.models.vae.pages import give_back, own_pages
 from hunyuan_fast.models.vae.plan import Pass, Plan, Segment
+from hunyuan_fast.models.vae.strips import Course, course, strips
 from hunyuan_fast.modules.frame_causal_attention import FrameCausalAttention
-from hunyuan_fast.ops import (
-    causal_conv3d,
-    frame_causal_attention,
-    group_norm_silu,
-    group_norm_stats,
-    merge_group_norm_stats,
-    upsample_causal_conv3d,
-)
+from hunyuan_fast.ops import frame_causal_attention, group_norm_stats, merge_group_norm_stats
 
 Progress = Callable[[float], None]
-
-
-@dataclass
-class _Chunk:
-    """Frames on their way: before layer `index` of a chain, with what a later sum will add."""
-
-    index: int
-    x: Tensor | None
-    skip: Tensor | None = None
-
-    def take(self) -> Tensor:
-        """The frames, which the chunk lets go of, so that they can be freed."""
-        x, self.x = self.x, None
-        assert x is not None
-        return x
+# Frames, the first one's place among all, and their rows, None where they are whole.
+Write = Callable[[Tensor, int, Rows | None], None]
+Sink = Callable[[Chunk, int, Rows | None], None]
 
 
 class _Input:
-    """The clip that was given, read like a `Film`, in the dtype of the weights, channels-last."""
+    """The clip that was given, read like a `Film`, in the dtype of the maps, channels-last."""
 
     def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
         self._x, self._dtype = x, dtype
 
-    def read(self, start: int, stop: int, *, last: bool) -> Tensor:
-        chunk = self._x[:, :, start:stop].to(self._dtype)
+    def read(self, start: int, stop: int, *, last: bool, rows: Rows | None = None) -> Tensor:
+        part = self._x[:, :, start:stop]
+        chunk = (part if rows is None else part[:, :, :, slice(*rows)]).to(self._dtype)
         return chunk.contiguous(memory_format=torch.channels_last_3d)
-
-
-class _Convolution:
-    """A layer that remembers what the next chunk has to know of those before it."""
-
-    def __init__(self, vae: nn.Module, layer: Layer, stats: Tensor | None) -> None:
-        self._layer, self._stats = layer, stats
-        self._conv = cast(nn.Conv3d, vae.get_submodule(layer.conv))
-        self._norm = cast(nn.GroupNorm, vae.get_submodule(layer.norm)) if layer.norm else None
-        self._shortcut = (
-            cast(nn.Conv3d, vae.get_submodule(layer.shortcut)) if layer.shortcut else None
-        )
-        self._past: Tensor | None = None
-        self._seen = self._made = 0
-
-    def __call__(self, chunk: _Chunk) -> None:
-        """Move the chunk one layer on; it may come out with no frames where time is halved."""
-        x = chunk.take()
-        if self._layer.opens:
-            chunk.skip = x
-        if self._norm is not None:
-            x = _normed(x, self._norm, self._stats)
-        # a small convolution may come back in another layout
-        y = self._convolved(x).contiguous(memory_format=torch.channels_last_3d)
-        del x
-        if self._layer.closes:
-            skip, chunk.skip = chunk.skip, None
-            assert skip is not None
-            if self._shortcut is not None:
-                skip = causal_conv3d(skip, self._shortcut.weight, self._shortcut.bias)
-            y += skip
-        chunk.x = y
-
-    def _convolved(self, x: Tensor) -> Tensor:
-        weight, bias, layer = self._conv.weight, self._conv.bias, self._layer
-        if layer.kernel == 1:
-            return causal_conv3d(x, weight, bias)
-        past, frames = self._past, x.shape[2]
-        # `_remember` before the convolution: it needs memory while there is little else
-        if layer.upsamples:
-            self._remember(x, 1 if layer.factor[0] == 2 else layer.kernel - 1)
-            return upsample_causal_conv3d(x, weight, bias, factor=layer.factor, past=past)
-        before, step = 0 if past is None else past.shape[2], layer.stride[0]
-        self._seen += frames
-        if past is not None and before + frames < layer.kernel:
-            self._past = torch.cat((past, x), dim=2)
-            return x.new_empty(1, layer.outputs, 0, 1, 1)
-        made = frames - 1 if past is None else before + frames - layer.kernel
-        self._made += made // step + 1
-        self._remember(x, self._seen + layer.kernel - 1 - step * self._made)
-        return causal_conv3d(x, weight, bias, stride=layer.stride, past=past)
-
-    def _remember(self, x: Tensor, count: int) -> None:
-        """Keep the last `count` frames of the past and x, of the first frame again if too few."""
-        missing = count - x.shape[2]
-        if missing > 0:
-            older = self._past
-            if older is None:
-                older = x[:, :, :1].expand(-1, -1, missing, -1, -1)
-            self._past = torch.cat((older[:, :, older.shape[2] - missing :], x), dim=2)
-        else:
-            # a copy: a view would keep all of x
-            self._past = x[:, :, x.shape[2] - count :].clone()
-
-
-def _normed(x: Tensor, norm: nn.GroupNorm, stats: Tensor | None, *, silu: bool = True) -> Tensor:
-    assert stats is not None, "a norm was applied before its statistics were known"
-    return group_norm_silu(
-        x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=silu, stats=stats
-    )
 
 
 class _Counter:
@@ -148,37 +60,39 @@ class _Sample:
         self._vae, self._plan, self._counter = vae, plan, counter
         self._layers = layers_of(plan.config, plan.half)
         self._sizes = sizes_of(self._layers, plan.size)
-        dtype = next(vae.parameters()).dtype
-        self._main: Film | _Input = _Input(clip, dtype)
+        self._main: Film | _Input = _Input(clip, plan.dtype)
         self._side: Film | None = None
         self._stats: dict[int, Tensor] = {}
 
-    def run(self, write: Callable[[Tensor], None]) -> None:
-        """Every segment; `write` takes the frames of the result in order."""
+    def run(self, write: Write) -> None:
+        """Every segment; `write` takes the parts of the result."""
         for segment in self._plan.segments:
             final = segment.stop == len(self._layers)
             for step in segment.passes[:-1]:
                 self._measure(segment, step)
-                _give_back()
+                give_back()
             if self._layers[segment.start].attends:
                 self._attend(segment)
             else:
                 self._produce(segment, write if final else None)
-            _give_back()
+            give_back()
 
     def _measure(self, segment: Segment, step: Pass) -> None:
         """Statistics of the norm at `step.stop`, from a pass that keeps nothing else."""
         found: list[Tensor] = []
-        groups = self._plan.config.norm_num_groups
         self._sweep(
-            segment,
-            step,
-            lambda chunk: found.append(group_norm_stats(chunk.take(), groups)),
-            last=False,
+            segment, step, lambda chunk, *_: found.append(self._stats_of(chunk.take())), last=False
         )
         self._stats[step.stop] = merge_group_norm_stats(found)
 
-    def _produce(self, segment: Segment, write: Callable[[Tensor], None] | None) -> None:
+    def _stats_of(self, x: Tensor) -> Tensor:
+        groups = self._plan.config.norm_num_groups
+        if x.is_contiguous(memory_format=torch.channels_last_3d):
+            return group_norm_stats(x, groups)
+        # rows of several frames would be copied, those of one lie together
+        return merge_group_norm_stats([group_norm_stats(f, groups) for f in x.split(1, dim=2)])
+
+    def _produce(self, segment: Segment, write: Write | None) -> None:
         """The map at the end of the segment, and the statistics of a norm that comes next."""
         stop = segment.stop
         opened = write is None and self._layers[stop - 1].opens
@@ -187,18 +101,21 @@ class _Sample:
         main, side = self._film(), self._film() if opened and not whole else None
         found: list[Tensor] = []
         measures = write is None and self._layers[stop].norm is not None
-        groups = self._plan.config.norm_num_groups
+        height = self._sizes[stop][1]
 
-        def keep(chunk: _Chunk) -> None:
+        def keep(chunk: Chunk, at: int, rows: Rows | None) -> None:
             x = chunk.take()
             if write is not None:
-                write(x)
+                write(x, at, rows)
                 return
             if measures:
-                found.append(group_norm_stats(x, groups))
-            main.append(x)
-            if side is not None and chunk.skip is not None:
-                side.append(chunk.skip)
+                found.append(self._stats_of(x))
+            for film, frames in ((main, x), (side, chunk.skip)):
+                if film is not None and frames is not None:
+                    if rows is None:
+                        film.append(frames)
+                    else:
+                        film.fill(at, rows, height, frames)
 
         self._sweep(segment, segment.passes[-1], keep, last=not whole)
         if measures:
@@ -211,25 +128,46 @@ class _Sample:
     def _film(self) -> Film:
         return Film(parked=self._plan.offload)
 
-    def _sweep(
-        self, segment: Segment, step: Pass, sink: Callable[[_Chunk], None], *, last: bool
+    def _sweep(self, segment: Segment, step: Pass, sink: Sink, *, last: bool) -> None:
+        """Send all frames from the start of the segment to `step.stop`, strip by strip."""
+        if step.strips == 1:
+            self._sweep_strip(segment, step, sink, last=last)
+            return
+        layers = self._layers[segment.start : step.stop]
+        heights = [height for _, height, _ in self._sizes[segment.start : step.stop + 1]]
+        for rows in strips(heights[-1], step.strips):
+            # a frame is read again by the next strip, so that none can be given up
+            self._sweep_strip(segment, step, sink, course(layers, heights, rows), last=False)
+
+    def _sweep_strip(
+        self, segment: Segment, step: Pass, sink: Sink, way: Course | None = None, *, last: bool
     ) -> None:
-        """Send all frames from the start of the segment to `step.stop`, chunk by chunk."""
+        """Send the rows of one strip through the chain, chunk by chunk of frames."""
         chain = range(segment.start, step.stop)
-        stages = [_Convolution(self._vae, self._layers[n], self._stats.get(n)) for n in chain]
-        frames = self._sizes[segment.start][0]
+        lengths = [self._sizes[n][0] for n in chain]
+        stages = [
+            # frames that all come in one chunk are nobody's past
+            Convolution(self._vae, self._layers[n], self._stats.get(n), last=whole <= step.frames)
+            for n, whole in zip(chain, accumulate(lengths, max), strict=True)
+        ]
+        frames, arrived = lengths[0], 0
+        rows = (way.came[0], way.used[-1]) if way else (None, None)
         for start, stop in spans(frames, step.frames):
-            side = self._side.read(start, stop, last=last) if self._side else None
-            waiting = [_Chunk(0, self._main.read(start, stop, last=last), side)]
+            side = self._side.read(start, stop, last=last, rows=rows[0]) if self._side else None
+            waiting = [Chunk(0, self._main.read(start, stop, last=last, rows=rows[0]), side)]
             del side
             while waiting:
                 chunk = waiting.pop()
-                if chunk.index == len(stages):
-                    sink(chunk)
-                    continue
-                stages[chunk.index](chunk)
-                waiting += _pieces(chunk, step.frames)
-            self._counter.add(step.flops * (stop - start) / frames)
+                if way is not None:
+                    chunk.cut(way.cut(chunk.index))
+                if chunk.index < len(stages):
+                    stages[chunk.index](chunk)
+                    waiting += pieces(chunk, step.frames)
+                else:
+                    count = chunk.frames
+                    sink(chunk, arrived, rows[1])
+                    arrived += count
+            self._counter.add(step.flops * (stop - start) / frames / step.strips)
 
     def _attend(self, segment: Segment) -> None:
         """The middle attention: keys and values of all frames first, then frame after frame."""
@@ -240,8 +178,8 @@ class _Sample:
         area, channels, stats = height * width, layer.inputs, self._stats[index]
 
         def tokens(x: Tensor) -> Tensor:
-            normed = _normed(x, module.group_norm, stats, silu=False)
-            return normed.movedim(1, -1).reshape(1, -1, 1, channels)
+            y = normed(x, module.group_norm, stats, silu=False)
+            return y.movedim(1, -1).reshape(1, -1, 1, channels)
 
         keys: Tensor | None = None
         for start, stop in spans(frames, step.frames):
@@ -271,37 +209,6 @@ class _Sample:
         self._main = made
 
 
-@functools.cache
-def _trimmer() -> Callable[[int], int] | None:
-    """glibc's `malloc_trim`, where there is one."""
-    if sys.platform != "linux":
-        return None
-    try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
-        return None
-    return trim
-
-
-def _give_back() -> None:
-    """Return pages between freed frames to the system; they lie within the allocator's heap."""
-    trim = _trimmer()
-    if trim is not None:
-        trim(0)
-
-
-def _pieces(chunk: _Chunk, length: int) -> list[_Chunk]:
-    """What a layer has left of a chunk, in pieces of at most `length` frames, the first one last.
-
-    Only upsampling makes a chunk longer, and it never stands within a residual block.
-    """
-    x = chunk.take()
-    frames, index = x.shape[2], chunk.index + 1
-    if frames <= length:
-        return [_Chunk(index, x, chunk.skip)] if frames else []
-    return [_Chunk(index, piece) for piece in reversed(x.split(length, dim=2))]
-
-
 @torch.no_grad()
 def stream(vae: nn.Module, plan: Plan, clip: Tensor, progress: Progress | None = None) -> Tensor:
     """Encode or decode a batch (B, C, T, H, W) as planned: moments, or pixels.
@@ -312,21 +219,19 @@ def stream(vae: nn.Module, plan: Plan, clip: Tensor, progress: Progress | None =
     out: Tensor | None = None
     shape = plan.result_shape
 
-    def writer(index: int) -> Callable[[Tensor], None]:
-        position = 0
-
-        def write(x: Tensor) -> None:
-            nonlocal out, position
+    def writer(index: int) -> Write:
+        def write(x: Tensor, at: int, rows: Rows | None) -> None:
+            nonlocal out
             if out is None:
-                out = torch.empty(
-                    shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
-                )
-            out[index : index + 1, :, position : position + x.shape[2]] = x
-            position += x.shape[2]
+                layout = torch.channels_last_3d
+                out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+            place = out[index : index + 1, :, at : at + x.shape[2]]
+            (place if rows is None else place[:, :, :, slice(*rows)]).copy_(x)
 
         return write
 
-    for index in range(shape[0]):
-        _Sample(vae, plan, clip[index : index + 1], counter).run(writer(index))
+    with own_pages():
+        for index in range(shape[0]):
+            _Sample(vae, plan, clip[index : index + 1], counter).run(writer(index))
     assert out is not None
     return out

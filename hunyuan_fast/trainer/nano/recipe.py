@@ -40,6 +40,7 @@ class NanoRecipe:
     threads: CPU threads, part of what makes a run repeat bit for bit
     device: "cpu" or "cuda"    num_clips, num_images: scenes encoded once for the transformer
     trial_prompts: held-out prompts that the finished model is tried on; 0 for none
+    vae_checkpointing: whether the VAE's blocks run again in backward, for less memory
     """
 
     seed: int = 0
@@ -48,6 +49,7 @@ class NanoRecipe:
     vae_image_steps: int = 700
     vae_short_steps: int = 500
     vae_full_steps: int = 260
+    vae_checkpointing: bool = False
     num_clips: int = 6144
     num_images: int = 8192
     llm_steps: int = 300
@@ -68,6 +70,7 @@ class NanoRecipe:
             ),
             clip_frames=FRAMES,
             clip_size=SIZE,
+            gradient_checkpointing=self.vae_checkpointing,
         )
         steps = sum(phase.steps for phase in config.phases)
         return config, self._loop(
