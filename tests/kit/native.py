@@ -1,4 +1,4 @@
-"""CUDA sources compiled by nvcc on a machine without a GPU: registers, spills, stack."""
+"""CUDA sources compiled by nvcc on a machine without a GPU: registers, spills, machine code."""
 
 import re
 import shutil
@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -29,9 +30,17 @@ def nvcc() -> str | None:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """One source as machine code, and what the compiler had to say."""
+
+    cubin: bytes
+    log: str
+
+
 @cache
-def compile_cuda(source: Path, arch: str) -> tuple[KernelUsage, ...]:
-    """Compile one source for ``sm_<arch>`` to machine code and report on each of its kernels.
+def build(source: Path, arch: str) -> Compiled:
+    """Compile one source for ``sm_<arch>``.
 
     Raises RuntimeError with the compiler's words when it does not compile.
     """
@@ -39,6 +48,7 @@ def compile_cuda(source: Path, arch: str) -> tuple[KernelUsage, ...]:
     if compiler is None:
         raise RuntimeError("nvcc is not installed")
     with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "kernel.cubin"
         done = subprocess.run(
             [
                 compiler,
@@ -51,15 +61,47 @@ def compile_cuda(source: Path, arch: str) -> tuple[KernelUsage, ...]:
                 "--cubin",
                 str(source),
                 "-o",
-                str(Path(folder) / "kernel.cubin"),
+                str(target),
             ],
             capture_output=True,
             text=True,
             check=False,
         )
-    if done.returncode:
-        raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stderr[-4000:]}")
-    return _usage(done.stderr)
+        if done.returncode:
+            raise RuntimeError(
+                f"{source.name} does not compile for sm_{arch}:\n{done.stderr[-4000:]}"
+            )
+        return Compiled(cubin=target.read_bytes(), log=done.stderr)
+
+
+def compile_cuda(source: Path, arch: str) -> tuple[KernelUsage, ...]:
+    """What each kernel of a source uses when compiled for ``sm_<arch>``."""
+    return _usage(build(source, arch).log)
+
+
+def disassembler() -> Path | None:
+    """nvdisasm, of the CUDA toolkit or of the Triton wheel; ``None`` when there is none."""
+    if found := shutil.which("nvdisasm"):
+        return Path(found)
+    triton = find_spec("triton")
+    folders = [Path("/usr/local/cuda/bin")]
+    if triton is not None and triton.origin is not None:
+        folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    return next((tool for folder in folders if (tool := folder / "nvdisasm").exists()), None)
+
+
+@cache
+def machine_code(source: Path, arch: str) -> dict[str, str]:
+    """The instructions of each kernel of a source, by its mangled name."""
+    tool = disassembler()
+    if tool is None:
+        raise RuntimeError("nvdisasm is not installed")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(build(source, arch).cubin)
+        file.flush()
+        done = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True)
+    sections = re.split(r"\.section\s+\.text\.(\w+)", done.stdout)[1:]
+    return dict(zip(sections[::2], sections[1::2], strict=True))
 
 
 def assert_no_spills(source: Path, arch: str) -> None:

@@ -22,7 +22,8 @@ FACTORS = ((1, 2, 2), (2, 2, 2), (2, 1, 1), (1, 1, 2), ONES)
 RESULTS = ("y", "dx", "dweight", "dbias", "dpast")
 # Where there is a GPU, Triton compiles its kernels and refuses tensors on the CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_CPU = tuple(n for n in implementations(ROOM) if INTERPRETED or n != "triton_impl")
+ON_GPU_ONLY = {"cuda_impl"} if INTERPRETED else {"cuda_impl", "triton_impl"}
+ON_CPU = tuple(n for n in implementations(ROOM) if n not in ON_GPU_ONLY)
 QUICK = tuple(n for n in ON_CPU if n != "triton_impl")
 
 Triple = tuple[int, int, int]
