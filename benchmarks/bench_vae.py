@@ -22,6 +22,7 @@ from benchmarks.kit.case import FORWARD, Call, Case, Entrant, Peer, Unavailable,
 from benchmarks.kit.contenders import by_name
 from benchmarks.kit.pairing import Rounds
 from benchmarks.vae_flops import decode_flops, encode_flops
+from hunyuan_fast.dispatch import implementations
 from hunyuan_fast.models import HunyuanVideoVAE
 from hunyuan_fast.models.vae.checkpoint import config_to_diffusers, rules
 from hunyuan_fast.models.vae.config import VAEConfig
@@ -182,20 +183,28 @@ def _calls_of(vae: HunyuanVideoVAE, budget: str | None) -> dict[str, Call]:
 
 
 def _gpu_case(function: str, clip: shapes.Clip, network: _Network) -> Case:
-    """Whole within the budget, with both ways to convolve, beside diffusers in its tiles."""
+    """Whole within the budget, with each way to convolve, beside diffusers in its tiles."""
     build = partial(network.ours, function, _GPU_BUDGET)
     named = (
         Entrant(
             f"hunyuan_fast, convolutions by {name}",
             build,
-            by_name(network.device, causal_conv3d=name) or nullcontext,
+            by_name(network.device, causal_conv3d=names) or nullcontext,
         )
-        for name in ("triton_impl", "library_impl")
+        for name, names in _ways_to_convolve().items()
     )
     case = _case(
         function, clip, network, tiled=True, rounds=_FEW_ON_GPU, large=True, probe=_GPU_PROBE
     )
     return replace(case, ours=(*_unasked(network, build), *named))
+
+
+def _ways_to_convolve() -> dict[str, str]:
+    """Who is asked for, and with whom: the CUDA kernel leaves layers of few channels to others."""
+    ways = {"triton_impl": "triton_impl", "library_impl": "library_impl"}
+    if "cuda_impl" in implementations("causal_conv3d"):
+        ways = {"cuda_impl": "cuda_impl,triton_impl"} | ways
+    return ways
 
 
 def _precision_case(function: str, network: _Network) -> Case:

@@ -6,7 +6,8 @@ where a committed result shows that it is right and faster than the next one). T
 objects to nothing answers, unless it knows better: ``prefers(arch, ...)``, which a module may have,
 names another one for calls that a committed result has shown to be faster there, or None. The other
 answers if it is verified and can. ``HUNYUAN_FAST_IMPL=triton_impl`` or ``with use("triton_impl"):``
-names one, verified or not, preferred or not: it answers, or the call fails.
+names one, verified or not, preferred or not: it answers, or the call fails. Of several names,
+joined by commas, the first that can answers.
 """
 
 from __future__ import annotations
@@ -42,12 +43,14 @@ _log = logging.getLogger("hunyuan_fast")
 def use(name: str, op: str | None = None) -> Iterator[None]:
     """Name the implementation that must answer, for one op or for every op that has it.
 
+    name: one, or several joined by commas: the first of them that can answers.
     It holds for the whole process until the block ends. Raises ValueError for an unknown name;
     a call that the named implementation cannot answer raises RuntimeError with its reason.
     """
     _check_name(name)
-    if op is not None and name not in _candidates(op):
-        raise ValueError(f"op {op!r} has no {name!r}; it has {', '.join(_candidates(op))}")
+    for each in name.split(",") if op is not None else ():
+        if each not in _candidates(op):
+            raise ValueError(f"op {op!r} has no {each!r}; it has {', '.join(_candidates(op))}")
     before = _named.copy()
     _named[op] = name
     try:
@@ -155,19 +158,23 @@ def _preferred(op: str, impl: ModuleType, arch: str, args: tuple[object, ...]) -
 def _select_named(op: str, named: str, args: tuple[object, ...]) -> ModuleType:
     _check_name(named)
     candidates = _candidates(op)
-    if named not in candidates:  # named for every op, and this room never had it
+    names = [name for name in named.split(",") if name in candidates]
+    if not names:  # named for every op, and this room never had it
         return _select_verified(op, args)
-    reason = candidates[named]
-    if reason is None:
-        impl = implementations(op)[named]
-        reason = impl.supports(*args)
+    reasons = []
+    for name in names:
+        reason = candidates[name]
         if reason is None:
-            return impl
-    raise RuntimeError(f"{named} was asked for by name and cannot answer {op}: {reason}")
+            impl = implementations(op)[name]
+            reason = impl.supports(*args)
+            if reason is None:
+                return impl
+        reasons.append(f"{name} was asked for by name and cannot answer {op}: {reason}")
+    raise RuntimeError("; ".join(reasons))
 
 
 def _check_name(name: str) -> None:
-    if name not in IMPLEMENTATIONS:
+    if not set(name.split(",")) <= set(IMPLEMENTATIONS):
         choice = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation must be one of {choice}, got {name!r}")
 

@@ -127,6 +127,21 @@ def test_the_named_one_answers_or_raises_with_its_reason(room):
         assert dispatch.select(op, torch.ones(1, 1)).forward(X) == "reference"
 
 
+def test_of_several_names_the_first_that_can_answers(room):
+    refusal = {"reason": "x must be 2-d", "refuses": "x.ndim != 2"}
+    op = room(
+        "made_several", cpu_impl=refusal, library_impl={"verified": "{'sm_90'}"}, reference={}
+    )
+    for names in ("cpu_impl,library_impl", "triton_impl,cpu_impl,library_impl"):
+        with dispatch.use(names):
+            assert dispatch.select(op, X).forward(X) == "library_impl"
+            assert dispatch.select(op, torch.ones(1, 1)).forward(X) == "cpu_impl"
+    with dispatch.use("cpu_impl,triton_impl"), pytest.raises(RuntimeError, match="x must be 2-d"):
+        dispatch.select(op, X)
+    with pytest.raises(ValueError, match="has no 'triton_impl'"):
+        dispatch.use("cpu_impl,triton_impl", op).__enter__()
+
+
 def test_a_name_for_one_op_leaves_the_others_alone(room):
     one = room("made_one", library_impl={}, reference={})
     two = room("made_two", library_impl={}, reference={})

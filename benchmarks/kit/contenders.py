@@ -89,15 +89,17 @@ def by_name(
 ) -> Callable[[], AbstractContextManager[object]] | None:
     """What asks for the best kernel of every op; None where they all answer by themselves.
 
+    A call that the best one cannot answer goes to the next.
     chosen: for some ops the implementation to ask for instead, and then never None on a GPU.
     """
     if device.type != "cuda":
         return None
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    best = {op: next(iter(dispatch.implementations(op).items())) for op in dispatch.ops()}
-    if not chosen and all({arch, "*"} & module.VERIFIED_ON for _, module in best.values()):
+    found = {op: dispatch.implementations(op) for op in dispatch.ops()}
+    best = (next(iter(each.values())) for each in found.values())
+    if not chosen and all({arch, "*"} & module.VERIFIED_ON for module in best):
         return None
-    names = {op: name for op, (name, _) in best.items()} | chosen
+    names = {op: ",".join(each) for op, each in found.items()} | chosen
 
     def context() -> ExitStack:
         with ExitStack() as stack:
