@@ -4,7 +4,7 @@ Edges by index, phases in place, no padded and no repeated map. Forward only: gr
 library's.
 """
 
-from itertools import product
+from collections.abc import Iterable
 from math import prod
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hunyuan_fast import _C
 from hunyuan_fast.kernels.causal_conv3d import library_impl
-from hunyuan_fast.kernels.causal_conv3d.phases import Spans, begins_alone, each_tap, phase_spans
+from hunyuan_fast.kernels.causal_conv3d.by_index import Convolution, plain, upsampled
+from hunyuan_fast.kernels.causal_conv3d.phases import Spans
 
 # No GPU has run these kernels yet.
 VERIFIED_ON: frozenset[str] = frozenset()
@@ -85,42 +86,11 @@ def forward(
     """y (B, O, T', H', W'), channels-last."""
     convolution = _Convolution(x, weight, bias, stride, past)
     if factor is None:
-        return _plain(convolution, residual)
-    return _upsampled(convolution, factor)
+        return plain(convolution, residual)
+    return upsampled(convolution, factor)
 
 
-def _plain(convolution: "_Convolution", residual: Tensor | None) -> Tensor:
-    x, past, stride = convolution.x, convolution.past, convolution.stride
-    taps, rows, columns = convolution.taps
-    lead = taps - 1 if past is None else past.shape[2]
-    lengths = (x.shape[2] + lead - taps + 1, *x.shape[3:])
-    t, h, w = ((n - 1) // step + 1 for n, step in zip(lengths, stride, strict=True))
-    y = convolution.new_map((t, h, w))
-    spans = (each_tap(taps), each_tap(rows), each_tap(columns))
-    residual = None if residual is None else _rows(residual)
-    convolution.run(spans, (lead, rows // 2, columns // 2), y, residual)
-    return y
-
-
-def _upsampled(convolution: "_Convolution", factor: Triple) -> Tensor:
-    """Every output parity is a convolution of x that writes its own places of the result."""
-    x, continued, (t, h, w) = convolution.x, convolution.past is not None, factor
-    frames, height, width = x.shape[2:]
-    if begins_alone(x, convolution.past):  # and has one frame: there is nothing to double in time
-        t = 1
-    length = frames * t if continued else 1 + (frames - 1) * t
-    y = convolution.new_map((length, height * h, width * w))
-    phases = phase_spans(convolution.taps, (t, h, w))
-    for parity, spans in zip(product(range(t), range(h), range(w)), phases, strict=True):
-        # a doubled frame that continues a clip gives the odd output first
-        place = (t - 1 - parity[0] if continued else parity[0], *parity[1:])
-        places = tuple(slice(p, None, f) for p, f in zip(place, (t, h, w), strict=True))
-        lead = len(spans[0]) - 1 - (0 if continued else parity[0])
-        convolution.run(spans, (lead, 1 - parity[1], 1 - parity[2]), y[(..., *places)])
-    return y
-
-
-class _Convolution:
+class _Convolution(Convolution):
     """The inputs of one call, and memory for the kernels that are made of its weight."""
 
     def __init__(
@@ -131,46 +101,27 @@ class _Convolution:
         stride: Triple,
         past: Tensor | None,
     ) -> None:
-        self.x, self.past = _rows(x), None if past is None else _rows(past)
-        self.stride, self.taps = stride, tuple(weight.shape[2:])
+        past = None if past is None else _rows(past)
+        super().__init__(_rows(x), past, stride, tuple(weight.shape[2:]))
         self._weight, self._bias = weight, None if bias is None else _vector(bias)
         # launches of a stream are done in order, so each kernel in its turn takes the same memory
         size = _C.causal_conv3d_packed_size_hopper(*weight.shape[:2], self.taps)
         self._memory = weight.new_empty(size)
 
-    def new_map(self, sizes: Triple) -> Tensor:
+    def new_map(self, sizes: Iterable[int]) -> Tensor:
         """(B, O, T', H', W') for these T', H', W'."""
         shape = (self.x.shape[0], self._weight.shape[0], *sizes)
         return torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=_LAYOUT)
 
-    def run(
-        self,
-        spans: tuple[Spans, ...],
-        origin: Triple,
-        y: Tensor,
-        residual: Tensor | None = None,
-    ) -> None:
-        """y(o) = sum over taps k of kernel(k) x(o * stride + k - origin); y may have any strides.
+    def rows(self, t: Tensor) -> Tensor:
+        """t as the kernel reads it."""
+        return _rows(t)
 
-        spans: the taps of the weight that each tap of the kernel adds up, by axis. The taps that
-        meet the first frame together are added up where a launch for a frame is worth it.
-        """
-        (lead, *sides), (times, *areas) = origin, spans
-        step, begun = self.stride[0], 0
-        alone = y.shape[2] * step <= lead
-        if not self._has_past and (alone or prod(y.shape[3:]) >= _WORTH_A_KERNEL):
-            begun = min(y.shape[2], -(-lead // step))
-        for index in range(begun):
-            alike = min(lead - index * step + 1, len(times))
-            merged = ((times[0][0], times[alike - 1][1]), *times[alike:])
-            self._convolve((merged, *areas), (0, *sides), y, residual, slice(index, index + 1))
-        self._convolve(spans, (lead - begun * step, *sides), y, residual, slice(begun, None))
+    def worth_a_kernel(self, positions: int) -> bool:
+        """Whether a launch for one frame of so many positions is worth it."""
+        return positions >= _WORTH_A_KERNEL
 
-    @property
-    def _has_past(self) -> bool:
-        return self.past is not None and self.past.shape[2] > 0
-
-    def _convolve(
+    def convolve(
         self,
         spans: tuple[Spans, ...],
         origin: tuple[int, ...],
@@ -189,7 +140,7 @@ class _Convolution:
             _C.causal_conv3d_pack_hopper(self._weight, spans, packed, stream)
             _C.causal_conv3d_forward_hopper(
                 self.x,
-                self.past if self._has_past else None,
+                self.past if self.has_past else None,
                 packed,
                 self._bias,
                 None if residual is None else residual[:, :, frames],
