@@ -7,10 +7,13 @@ that the packages have. What a kernel leaves unwritten is NaN.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -29,8 +32,6 @@ LIBRARIES = (cudnn, efficient, flash, flash_attn_2, flash_attn_3, flash_attn_4)
 _KERNEL = FlashAttention()
 # What a type of a schema takes; SymInt and optional tensors as Python writes them.
 _TYPES = {"Tensor": Tensor, "int": int, "SymInt": int, "float": float, "bool": bool}
-
-Sequence = tuple[slice, slice]  # rows in the flattened batch, and of them those that are used
 
 
 def bound(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SimpleNamespace:
@@ -119,7 +120,8 @@ def aten_flash_forward(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         assert a.cum_seq_k is None and a.max_q == a.max_k == a.query.shape[1]
         out, lse = attend(*_flat(a.query, a.key, a.value), _dense(a.query), a.scale)
         batch, length = a.query.shape[:2]
-        return out.view(a.query.shape), lse.view(-1, batch, length).transpose(0, 1), None, None
+        rows = lse.view(-1, batch, length).transpose(0, 1).contiguous()
+        return out.view(a.query.shape), rows, None, None
     rows = segments(a.cum_seq_q, None)
     _longest(rows, a.max_q, a.max_k)
     assert torch.equal(a.cum_seq_q, a.cum_seq_k)
@@ -226,13 +228,15 @@ def _package_forward(
     if starts is None:
         out, lse = attend(*_flat(q, k, v), _dense(q), scale)
         batch, length = q.shape[:2]
-        return out.view(q.shape), lse.view(-1, batch, length).transpose(0, 1)
+        return out.view(q.shape), lse.view(-1, batch, length).transpose(0, 1).contiguous()
     return attend(q, k, v, segments(starts, used), scale)
 
 
 def _package_backward(
     tensors: list[Tensor], lse: Tensor, starts: Tensor | None, used: Tensor | None, scale: float
 ) -> list[Tensor]:
+    # The packages see to it themselves.
+    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
     dout, out, *qkv = tensors
     assert lse.is_contiguous() and lse.dtype == torch.float32
     if starts is None:
@@ -251,18 +255,141 @@ def _into(targets: tuple[Tensor, ...], found: list[Tensor]) -> None:
         target.copy_(x)
 
 
-class FlashAttn2(ModuleType):
-    """``flash_attn.flash_attn_interface`` of version 2.8, what we call of it."""
+def _plain(*options: Any) -> None:
+    """Nothing but plain attention is asked for: no dropout, mask, window, cap or bias."""
+    assert all(option in (None, False, -1, 0.0) for option in options)
 
-    def _flash_attn_forward(
-        *(_self, q, k, v),
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        alibi_slopes,
-        return_softmax,
-    ):
-        raise NotImplementedError
+
+def _flash_attn_forward(
+    q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
+    alibi_slopes, return_softmax,
+):  # fmt: skip
+    _plain(dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes)
+    return *_package_forward(q, k, v, None, None, softmax_scale), None, None
+
+
+def _flash_attn_backward(
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
+    window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+):  # fmt: skip
+    _plain(dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes)
+    tensors = [dout, out, q, k, v]
+    _into((dq, dk, dv), _package_backward(tensors, softmax_lse, None, None, softmax_scale))
+
+
+def _flash_attn_varlen_forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+    causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+    return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None,
+):  # fmt: skip
+    _plain(dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes)
+    _longest(segments(cu_seqlens_q, None), max_seqlen_q, max_seqlen_k)
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+    return *_package_forward(q, k, v, cu_seqlens_q, None, softmax_scale), None, None
+
+
+def _flash_attn_varlen_backward(
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+    max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
+    alibi_slopes, deterministic, rng_state=None,
+):  # fmt: skip
+    _plain(dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes)
+    _longest(segments(cu_seqlens_q, None), max_seqlen_q, max_seqlen_k)
+    tensors = [dout, out, q, k, v]
+    found = _package_backward(tensors, softmax_lse, cu_seqlens_q, None, softmax_scale)
+    _into((dq, dk, dv), found)
+
+
+def _flash_attn_3_forward(
+    q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
+    cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
+    softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1,
+):  # fmt: skip
+    _plain(causal, k_new, v_new, qv, out_, cu_seqlens_k_new)
+    _alike(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    return *_package_forward(q, k, v, cu_seqlens_q, seqused_q, softmax_scale), None, None
+
+
+def _flash_attn_3_backward(
+    dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None,
+    sequed_k=None, max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None,
+    softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1,
+):  # fmt: skip
+    _plain(is_causal)
+    _alike(cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k)
+    tensors = [dout, out, q, k, v]
+    found = _package_backward(tensors, softmax_lse, cu_seqlens_q, sequed_q, softmax_scale)
+    _into((dq, dk, dv), found)
+
+
+def _flash_attn_fwd(
+    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+    max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None,
+    causal=False, softcap=None, return_lse=False, out=None, lse=None,
+):  # fmt: skip
+    assert return_lse
+    _plain(causal)
+    _alike(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    return *_package_forward(q, k, v, cu_seqlens_q, seqused_q, softmax_scale), None, None
+
+
+def _flash_attn_bwd(
+    q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, cu_seqlens_q=None,
+    cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
+    deterministic=False, dq=None, dk=None, dv=None,
+):  # fmt: skip
+    _plain(causal)
+    _alike(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    tensors = [dout, out, q, k, v]
+    return *_package_backward(tensors, lse, cu_seqlens_q, seqused_q, softmax_scale), None
+
+
+def _alike(starts: Any, other_starts: Any, used: Any, other_used: Any) -> None:
+    """Queries and keys have the same boundaries and the same numbers of used rows."""
+    for one, other in ((starts, other_starts), (used, other_used)):
+        assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
+    assert (starts is None) == (used is None)
+
+
+_PACKAGES: dict[str, tuple[Callable[..., Any], ...]] = {
+    "flash_attn.flash_attn_interface": (
+        *(_flash_attn_forward, _flash_attn_backward),
+        *(_flash_attn_varlen_forward, _flash_attn_varlen_backward),
+    ),
+    "flash_attn_interface": (_flash_attn_3_forward, _flash_attn_3_backward),
+    "flash_attn.cute.interface": (_flash_attn_fwd, _flash_attn_bwd),
+}
+
+
+def package(name: str) -> ModuleType:
+    """A module with the functions that we call of a package."""
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
+    for function in _PACKAGES[name]:
+        setattr(module, function.__name__.replace("_attn_3_", "_attn_"), function)
+    return module
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put stand-ins in the place of every library, and let them take tensors of this machine."""
+    operators = {
+        flash: {"_forward": aten_flash_forward, "_backward": aten_flash_backward},
+        efficient: {"_forward": efficient_forward, "_backward": efficient_backward},
+        cudnn: {
+            "_forward": cudnn_forward,
+            "_backward": cudnn_backward,
+            "_forward_ragged": cudnn_forward_ragged,
+            "_backward_ragged": cudnn_backward_ragged,
+        },
+    }
+    for library, functions in operators.items():
+        for name, function in functions.items():
+            assert hasattr(library, name)
+            monkeypatch.setattr(library, name, function)
+    for name in _PACKAGES:
+        monkeypatch.setitem(sys.modules, name, package(name))
+    for library in (flash_attn_2, flash_attn_3, flash_attn_4):
+        monkeypatch.setattr(library, "_library", lambda name=library._MODULE: sys.modules[name])
+    monkeypatch.setattr(prefixes, "capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    installed._lacking.cache_clear()
