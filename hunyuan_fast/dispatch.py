@@ -202,9 +202,9 @@ def _ranked(
     op: str, arch: str
 ) -> tuple[Callable[..., ranking.ShapeClass], dict[ranking.ShapeClass, list[ModuleType]]] | None:
     """How calls of ``op`` are classed, and who may answer each class, the fastest first."""
+    loaded = choices(op)
     if not ranking.is_ranked(op):
         return None
-    loaded = choices(op)
     mine, note = ranking.users(op, arch, _device(arch))
     if note is not None:
         _log.warning("%s", note)

@@ -22,7 +22,7 @@ def shape_class(
 
 
 def neighbours(measured: ShapeClass) -> Iterator[ShapeClass]:
-    """Classes that a measurement also speaks for, the nearest first."""
+    """Classes that a measurement also speaks for, the nearest first, of two the shorter calls."""
     dtype, head_dim, octave, *rest = measured
     for distance in range(1, _REACH + 1):
         for other in (octave - distance, octave + distance):

@@ -261,7 +261,7 @@ def test_a_library_answers_by_name(generator):
     ):
         dispatch.select(ROOM, q, k, v, None, 0.3)
     with (
-        pytest.raises(ValueError, match="must be one of .* got 'library_impl.nonsense'"),
+        pytest.raises(ValueError, match=r"must be one of .* got 'library_impl\.nonsense'"),
         dispatch.use("library_impl.nonsense", ROOM),
     ):
         pytest.fail("the block must not be entered")
