@@ -138,9 +138,13 @@ def ops() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Report:
-    """Who answers each op on each device. ``reasons[op, arch]`` is what ``explain`` says."""
+    """Who answers each op on each device. ``reasons[op, arch]`` is what ``explain`` says.
+
+    notes: on rankings that were measured here
+    """
 
     reasons: dict[tuple[str, str], dict[str, str | None]]
+    notes: tuple[str, ...] = ()
 
     def answering(self, op: str, arch: str) -> str:
         """The name of the implementation that answers ``op`` on ``arch``."""
@@ -158,21 +162,20 @@ class Report:
                 head = " " * len(head)
             if head.strip():
                 lines.append(head.rstrip())
+        lines += dict.fromkeys(self.notes)
         return "\n".join(lines)
 
 
 def report() -> Report:
     """Who answers each op here for a typical call, on the CPU and on each kind of GPU present."""
-    devices = {"cpu": torch.device("cpu")}
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            devices.setdefault(_cuda_arch(index), torch.device("cuda", index))
-    reasons = {}
+    reasons, notes = {}, []
     for op in ops():
         example = import_module(f"hunyuan_fast.kernels.{op}.reference").example
-        for arch, device in devices.items():
+        for arch, device in _devices().items():
             reasons[op, arch] = explain(op, *example(device))
-    return Report(reasons)
+            if ranking.is_ranked(op):
+                notes.append(ranking.users(op, arch, device)[1])
+    return Report(reasons, tuple(note for note in notes if note is not None))
 
 
 def _select_verified(op: str, args: tuple[object, ...]) -> ModuleType:
@@ -205,8 +208,9 @@ def _ranked(
     loaded = choices(op)
     if not ranking.is_ranked(op):
         return None
-    mine, note = ranking.users(op, arch, _device(arch))
-    if note is not None:
+    device = _devices().get(arch)
+    mine, note = ranking.users(op, arch, device) if device is not None else ([], None)
+    if note is not None and not mine:
         _log.warning("%s", note)
     verified = [name for name, impl in loaded.items() if {arch, "*"} & impl.VERIFIED_ON]
     committed = ranking.by_class(op, ranking.committed(op, arch))
@@ -218,12 +222,13 @@ def _ranked(
     return import_module(f"hunyuan_fast.kernels.{op}.shape_class").shape_class, table
 
 
-def _device(arch: str) -> torch.device:
-    """The first device of an architecture."""
-    for index in range(torch.cuda.device_count()):
-        if _cuda_arch(index) == arch:
-            return torch.device("cuda", index)
-    return torch.device("cpu")
+def _devices() -> dict[str, torch.device]:
+    """The CPU, and the first GPU of every architecture."""
+    found = {"cpu": torch.device("cpu")}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            found.setdefault(_cuda_arch(index), torch.device("cuda", index))
+    return found
 
 
 def forget_rankings() -> None:

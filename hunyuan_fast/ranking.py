@@ -147,7 +147,10 @@ def merged(new: Section, sections: Iterable[Section]) -> list[Section]:
 
 
 def users(op: str, arch: str, device: torch.device) -> tuple[list[Entry], str | None]:
-    """What the user has measured of an op here, and what there is to say about it, if anything."""
+    """What the user has measured of an op here, and what there is to say about it, if anything.
+
+    With nothing measured that holds, what there is to say is why not.
+    """
     path = user_file()
     try:
         sections = load(path)
@@ -160,7 +163,10 @@ def users(op: str, arch: str, device: torch.device) -> tuple[list[Entry], str | 
     now = software(op)
     for section in here:
         if section.software == now:
-            return section.entries, None
+            count = len(section.entries)
+            return section.entries, (
+                f"{op} on {arch}: {count} kinds of calls measured here on {section.date} ({path})"
+            )
     names = sorted(
         name for name in {*now, *here[0].software} if now.get(name) != here[0].software.get(name)
     )
