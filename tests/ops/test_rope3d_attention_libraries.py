@@ -265,3 +265,23 @@ def test_a_library_answers_by_name(generator):
         dispatch.use("library_impl.nonsense", ROOM),
     ):
         pytest.fail("the block must not be entered")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("lengths", [None, [333], [0, 333], [1, 200, 333]], ids=str)
+@each_library
+def test_a_library_on_a_gpu(library, dtype, head_dim, lengths, generator):
+    batch = 2 if lengths is None else len(lengths)
+    inputs = draw_inputs((batch, 333, 2, head_dim), generator, dtype, "cuda")
+    kv_len = None if lengths is None else torch.tensor(lengths, device="cuda")
+    if reason := library.supports(*inputs[:3], kv_len, 1.0):
+        pytest.skip(reason)
+    for x, (item, length) in itertools.product(inputs, enumerate(lengths or ())):
+        x[item, length:] = torch.nan
+    q, k, v, dout = inputs
+    out, lse = library.forward(q, k, v, kv_len, head_dim**-0.5)
+    gradients = library.backward(dout, out, lse, q, k, v, kv_len, head_dim**-0.5)
+    results = [out, lse, *gradients]
+    judge("FlashAttention", results, inputs, lengths or [333] * batch, head_dim**-0.5)
