@@ -39,7 +39,7 @@ def libraries(monkeypatch):
     stand_ins.install(monkeypatch)
     yield
     monkeypatch.undo()
-    installed._lacking.cache_clear()
+    stand_ins.forget()
 
 
 def run(library, inputs, lengths, scale, out=None):
@@ -207,15 +207,19 @@ def test_the_gpu_decides_too(library, major, said, libraries, monkeypatch):
 
 
 def test_an_old_cudnn_declines(libraries, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 8907)
+    lengths = torch.ones(1)
     with FakeTensorMode():
         q = fake(1, 8, 2, 64)
+        monkeypatch.setattr(cudnn, "_backward_ragged", None)
+        assert cudnn.supports(q, q, q, None, 1.0) is None
+        assert "different lengths" in cudnn.supports(q, q, q, lengths, 1.0)
+        monkeypatch.setattr(cudnn, "_version", lambda: 8907)
         assert "got 8907" in cudnn.supports(q, q, q, None, 1.0)
 
 
 def test_a_package_that_is_absent_broken_or_another_declines(libraries, monkeypatch):
     def reason():
-        installed._lacking.cache_clear()
+        stand_ins.forget()
         with FakeTensorMode():
             q = fake(1, 8, 2, 64)
             return flash_attn_2.supports(q, q, q, None, 1.0)

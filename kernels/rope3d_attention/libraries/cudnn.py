@@ -4,6 +4,8 @@ Samples of one length take its dense kernel, in the layout (B, L, N, D) seen as 
 ``kv_len`` the kernel reads boundaries; torch then plans its graph anew in every call, on the host.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,9 @@ VERIFIED_ON: frozenset[str] = frozenset()
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
-_forward_ragged = torch.ops.aten._cudnn_attention_forward.default
-_backward_ragged = torch.ops.aten._cudnn_attention_backward.default
+# For samples of different lengths; not every torch has both.
+_forward_ragged = getattr(torch.ops.aten, "_cudnn_attention_forward", None)
+_backward_ragged = getattr(torch.ops.aten, "_cudnn_attention_backward", None)
 
 _OLDEST = 90000
 
@@ -26,9 +29,10 @@ def supports(
     reason = prefixes.half_unfit(q, k, v, "cuDNN attention", widest=128)
     if reason is not None:
         return reason
-    version = torch.backends.cudnn.version() or 0
-    if version < _OLDEST:
-        return f"cuDNN must be 9 or newer, got {version or 'none'}"
+    if _version() < _OLDEST:
+        return f"cuDNN must be 9 or newer, got {_version() or 'none'}"
+    if kv_len is not None and not (_forward_ragged and _backward_ragged):
+        return "this torch has no cuDNN attention for samples of different lengths"
     major, minor = prefixes.capability(q.device.index)
     if major < 8:
         return f"cuDNN attention needs compute capability 8.0 or newer, got {major}.{minor}"
@@ -88,3 +92,8 @@ def backward(
         prefixes.without_padding(x.unflatten(0, (batch, length)), padding) for x in gradients
     )
     return dq, dk, dv
+
+
+@cache
+def _version() -> int:
+    return torch.backends.cudnn.version() or 0

@@ -27,7 +27,7 @@ def supports(
     q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
 ) -> str | None:
     """``None`` when the package is here and takes these tensors, else the reason."""
-    reason = installed.lacking(_MODULE, "flash-attn-3", _NEEDS)
+    reason = _missing()
     if reason is None:
         reason = prefixes.half_unfit(q, k, v, "FlashAttention 3")
     if reason is None and prefixes.capability(q.device.index) != (9, 0):
@@ -97,6 +97,11 @@ def _boundaries(q: Tensor) -> dict[str, Tensor | int]:
     ends = prefixes.starts(batch, length, q.device)
     both = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
     return {**both, "max_seqlen_q": length, "max_seqlen_k": length}
+
+
+@cache
+def _missing() -> str | None:
+    return installed.lacking(_MODULE, "flash-attn-3", _NEEDS)
 
 
 @cache
