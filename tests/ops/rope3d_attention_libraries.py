@@ -372,6 +372,7 @@ def package(name: str) -> ModuleType:
 
 def forget() -> None:
     """What is known of packages is found out anew."""
+    cudnn._lacking.cache_clear()
     for library in (flash_attn_2, flash_attn_3, flash_attn_4):
         library._missing.cache_clear()
 
@@ -397,5 +398,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     for library in (flash_attn_2, flash_attn_3, flash_attn_4):
         monkeypatch.setattr(library, "_library", lambda name=library._MODULE: sys.modules[name])
     monkeypatch.setattr(prefixes, "capability", lambda index: (9, 0))
-    monkeypatch.setattr(cudnn, "_version", lambda: 91900)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     forget()

@@ -206,14 +206,22 @@ def test_the_gpu_decides_too(library, major, said, libraries, monkeypatch):
         assert said in library.supports(q, q, q, None, 1.0)
 
 
-def test_an_old_cudnn_declines(libraries, monkeypatch):
+def test_what_cudnn_cannot_do(libraries, monkeypatch):
     lengths = torch.ones(1)
     with FakeTensorMode():
         q = fake(1, 8, 2, 64)
         monkeypatch.setattr(cudnn, "_backward_ragged", None)
         assert cudnn.supports(q, q, q, None, 1.0) is None
         assert "different lengths" in cudnn.supports(q, q, q, lengths, 1.0)
-        monkeypatch.setattr(cudnn, "_version", lambda: 8907)
+        huge = fake(2, 2**17, 64, 128)
+        monkeypatch.setattr(cudnn, "_backward_ragged", cudnn._forward_ragged)
+        assert cudnn.supports(huge, huge, huge, None, 1.0) is None
+        assert "counts up to" in cudnn.supports(huge, huge, huge, lengths, 1.0)
+        stand_ins.forget()
+        monkeypatch.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
+        assert "another order" in cudnn.supports(q, q, q, None, 1.0)
+        stand_ins.forget()
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 8907)
         assert "got 8907" in cudnn.supports(q, q, q, None, 1.0)
 
 
