@@ -45,7 +45,7 @@ def forward(
         result, lse, *_ = run(q, k, v, softmax_scale=scale, causal=False)
     else:
         padding = prefixes.padding_of(q, kv_len)
-        used = kv_len.to(torch.int32)
+        used = prefixes.used_rows(kv_len)
         result, lse, *_ = run(
             *(x.flatten(0, 1) for x in (q, k, v)),
             **_boundaries(q),
@@ -77,7 +77,7 @@ def backward(
         run(*given, lse.contiguous(), **into, softmax_scale=scale, is_causal=False)
         return dq, dk, dv
     padding = prefixes.padding_of(q, kv_len)
-    used = kv_len.to(torch.int32)
+    used = prefixes.used_rows(kv_len)
     run(
         *(x.flatten(0, 1) for x in given),
         prefixes.flattened(lse),

@@ -84,7 +84,7 @@ def backward(
 
 def _lengths(q: Tensor, kv_len: Tensor) -> dict[str, Any]:
     batch, length = q.shape[:2]
-    ends, used = prefixes.starts(batch, length, q.device), kv_len.to(torch.int32)
+    ends, used = prefixes.starts(batch, length, q.device), prefixes.used_rows(kv_len)
     both = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "seqused_q": used, "seqused_k": used}
     return {**both, "max_seqlen_q": length, "max_seqlen_k": length}
 
