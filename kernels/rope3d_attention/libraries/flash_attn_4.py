@@ -9,7 +9,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hunyuan_fast.kernels.rope3d_attention import installed, prefixes
