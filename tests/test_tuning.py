@@ -186,6 +186,15 @@ def test_what_is_kept_answers(cache, monkeypatch, generator):
     assert len(ranking.load(cache)[0].entries) == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("valid", [None, (300, 0)], ids=["whole", "padded"])
+def test_a_gpu_is_measured(valid):
+    problem = Problem(BF16, 2, 300, 4, 64, valid, training=True)
+    entry = tuning.measure(ROOM, problem, torch.device("cuda"), seconds=0.1)
+    assert {"reference", "library_impl.flash"} <= set(entry.ms), entry.declined
+    assert set(entry.ms) | set(entry.declined) == set(dispatch.choices(ROOM))
+
+
 def test_a_broken_file_is_replaced(cache):
     cache.write_text("nonsense")
     entry = ranking.Entry((torch.float32, 8, 6, False, False), "a call", {"reference": 1.0}, {}, {})
