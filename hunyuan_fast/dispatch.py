@@ -151,7 +151,7 @@ class Report:
         return next(name for name, why in self.reasons[op, arch].items() if why is None)
 
     def __str__(self) -> str:
-        width = 2 + max(12, *(len(self.answering(*each)) for each in self.reasons))
+        width = 2 + max([12, *(len(self.answering(*each)) for each in self.reasons)])
         lines = [f"{'op':<24}{'on':<8}{'answers':<{width}}faster ones do not because"]
         for (op, arch), reasons in self.reasons.items():
             answer = self.answering(op, arch)
