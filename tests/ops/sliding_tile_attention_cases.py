@@ -56,7 +56,9 @@ class Call:
         return {name: getattr(self, name) for name in names}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Call":
-        return replace(self, **{name: change(getattr(self, name)) for name in ("q", "k", "v", "dout")})
+        return replace(
+            self, **{name: change(getattr(self, name)) for name in ("q", "k", "v", "dout")}
+        )
 
     def to(self, device: str) -> "Call":
         return replace(self.map(lambda x: x.to(device)), windows=self.windows.to(device))
@@ -65,9 +67,9 @@ class Call:
 def draw_call(
     generator: torch.Generator,
     *,
-    grid: Sizes = (2, 3, 5),
+    grid: Sizes = (2, 3, 3),
     tile: Sizes = (2, 2, 2),
-    windows: tuple[Sizes, ...] = ((1, 1, 2), (9, 9, 9)),
+    windows: tuple[Sizes, ...] = ((1, 1, 1), (9, 9, 9)),
     text: int = 5,
     lengths: tuple[int, ...] | None = None,
     head_dim: int = 16,
@@ -152,7 +154,9 @@ class Emulated:
 
     rounds_shares: each group's share of dk and dv is rounded to the dtype of the inputs, as by the
         kernels of torch; they are added up in fp32 in any case.
-    spoil: changes who sees whom (N, L, L); text: how the pattern is changed there.
+    see: who sees whom, (N, L, L).
+    padding: whether it takes no part.
+    keep: whether a group's gradients reach its keys.
     """
 
     kernel: FlashAttention = field(default_factory=FlashAttention)
@@ -169,8 +173,8 @@ class Emulated:
         seen = self.see(call)
         length = q.shape[1]
         for item, valid in enumerate(call.lengths or (length,) * len(q)):
-            for head in range(q.shape[2]):
-                limit = valid if self.padding else length
+            limit = valid if self.padding else length
+            for head in range(q.shape[2] if limit else 0):
                 patterns, group_of = seen[head, :limit, :limit].unique(dim=0, return_inverse=True)
                 for group, pattern in enumerate(patterns):
                     rows, keys = (group_of == group).nonzero()[:, 0], pattern.nonzero()[:, 0]

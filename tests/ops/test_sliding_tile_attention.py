@@ -30,15 +30,15 @@ CASES = {
     "tiles that divide the grid": {"grid": (2, 4, 4), "windows": ((1, 1, 1), (1, 2, 1))},
     "partial tiles on all axes": {"grid": (3, 5, 4), "tile": (2, 3, 3)},
     "a grid smaller than a tile": {"grid": (1, 3, 2), "tile": (2, 4, 4), "windows": ((1, 1, 1),)},
-    "no text": {"text": 0, "lengths": (30, 17), "head_dim": 20},
+    "no text": {"text": 0, "lengths": (18, 7), "head_dim": 20},
     "lengths in the text, in the video, none": {
-        "lengths": (33, 30, 11, 0),
-        "windows": ((1, 2, 1), (1, 1, 3)),
+        "lengths": (21, 18, 10, 0),
+        "windows": ((1, 2, 1), (1, 1, 1)),
     },
     "three windows, heads of no tile": {
         "grid": (4, 2, 6),
         "windows": ((3, 1, 1), (1, 9, 3), (3, 1, 1)),
-        "tile": (1, 1, 3),
+        "tile": (2, 1, 3),
         "head_dim": 24,
     },
     "tiles above a block": {"grid": (2, 12, 12), "tile": (1, 12, 12), "windows": ((1, 1, 1),)},
@@ -86,11 +86,11 @@ def test_gradcheck(name, lengths, generator, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("lengths", [None, (35, 31)], ids=str)
+@pytest.mark.parametrize("lengths", [None, (23, 19)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_windows_as_large_as_the_grid_are_dense_attention(dtype, lengths, generator):
     """On the CPU with the same bits: it is the same call of the same kernel."""
-    call = draw_call(generator, windows=((1, 2, 3), (9, 9, 9)), lengths=lengths, dtype=dtype)
+    call = draw_call(generator, windows=((1, 2, 2), (9, 9, 9)), lengths=lengths, dtype=dtype)
     options = {"kv_len": call.kv_len, "scale": call.scale, "return_lse": True}
     with use("library_impl"):
         dense = attention(*call.tensors, **options)
@@ -101,13 +101,13 @@ def test_windows_as_large_as_the_grid_are_dense_attention(dtype, lengths, genera
 
 @each_implementation
 def test_a_head_that_sees_everything_beside_one_that_does_not(name, generator):
-    call = draw_call(generator, grid=(2, 5, 3), dtype=torch.bfloat16)
+    call = draw_call(generator, dtype=torch.bfloat16)
     out = run(name, call)[0]
     with use("reference"):
         dense = attention(*call.tensors, scale=call.scale)
     torch.testing.assert_close(out[:, :, 1], dense[:, :, 1], rtol=2**-7, atol=2**-9)
-    assert (out[:, :30, 0] - dense[:, :30, 0]).abs().max() > 0.1
-    torch.testing.assert_close(out[:, 30:], dense[:, 30:], rtol=2**-7, atol=2**-9)
+    assert (out[:, :18, 0] - dense[:, :18, 0]).abs().max() > 0.1
+    torch.testing.assert_close(out[:, 18:], dense[:, 18:], rtol=2**-7, atol=2**-9)
 
 
 @pytest.mark.parametrize("sharpness", [8.0, 0.01])
@@ -127,14 +127,14 @@ def test_large_scores_do_not_overflow(name, generator):
 
 def test_implementations_agree_and_can_be_mixed(generator):
     """Forward by one, backward by another: outputs and log-sum-exp mean the same to all."""
-    call = draw_call(generator, lengths=(33, 20), dtype=torch.bfloat16)
+    call = draw_call(generator, lengths=(21, 10), dtype=torch.bfloat16)
     modules = implementations(ROOM)
+    forward = {name: modules[name].forward(*call.arguments) for name in EVERYWHERE}
+    emulated = {name: emulation_of(name, call)(call) for name in EVERYWHERE}
     for first, second in itertools.product(EVERYWHERE, repeat=2):
-        out, lse = modules[first].forward(*call.arguments)
-        gradients = modules[second].backward(call.dout, out, lse, *call.arguments)
-        makers = [emulation_of(each, call)(call) for each in (first, second)]
-        golden = [makers[0][0], *makers[1][1:]]
-        results = [out, lse, *gradients]
+        gradients = modules[second].backward(call.dout, *forward[first], *call.arguments)
+        golden = [emulated[first][0], *emulated[second][1:]]
+        results = [*forward[first], *gradients]
         judge(f"{first}, {second}", results, call, lambda _, golden=golden: golden)
 
 
@@ -142,7 +142,7 @@ def test_implementations_agree_and_can_be_mixed(generator):
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
 @each_implementation
 def test_padding_is_never_felt(name, garbage, generator):
-    call = draw_call(generator, lengths=(32, 17, 0), dtype=torch.bfloat16)
+    call = draw_call(generator, lengths=(21, 10, 0), dtype=torch.bfloat16)
     expected = run(name, call)
     spoiled = call.map(torch.clone)
     for x, (item, length) in itertools.product(
@@ -154,10 +154,14 @@ def test_padding_is_never_felt(name, garbage, generator):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@each_implementation
+@pytest.mark.parametrize("name", sorted(set(EVERYWHERE) - {"reference"}))
 def test_what_is_out_of_sight_has_no_influence(name, generator):
-    """NaN in a key stays with the queries that see it, and in a query with the keys it sees."""
-    call = draw_call(generator, grid=(2, 4, 5), windows=((1, 1, 2),), dtype=torch.bfloat16)
+    """NaN in a key stays with the queries that see it, and in a query with the keys it sees.
+
+    The reference multiplies by zero, which spreads NaN.
+    """
+    sizes = {"grid": (1, 3, 5), "windows": ((1, 1, 2),)}
+    call = draw_call(generator, dtype=torch.bfloat16, **sizes)
     seen = visible(call)[0]
     spoiled = call.map(torch.clone)
     spoiled.v[0, 3] = torch.nan
@@ -174,7 +178,7 @@ def test_what_is_out_of_sight_has_no_influence(name, generator):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @each_implementation
 def test_strides_do_not_matter(name, layout, generator):
-    call = draw_call(generator, lengths=(33, 20), dtype=torch.bfloat16)
+    call = draw_call(generator, lengths=(21, 10), dtype=torch.bfloat16)
     strided = call.map(lambda x: with_layout(x, layout))
     expected = run(name, strided.map(torch.Tensor.contiguous))
     for result, wanted in zip(run(name, strided), expected, strict=True):
@@ -188,7 +192,7 @@ def test_features_that_are_not_adjacent_go_to_those_who_take_them(generator):
     assert "adjacent" in explain(ROOM, *across.arguments)["library_impl"]
     for name in set(EVERYWHERE) - {"library_impl"}:
         for result, wanted in zip(run(name, across), run(name, call), strict=True):
-            assert_equal(result, wanted)
+            torch.testing.assert_close(result, wanted, rtol=2**-7, atol=2**-9)
 
 
 @pytest.mark.parametrize("stride", [(2**31 + 8, 32, 16, 1), (32, 2**30 + 8, 16, 1)], ids=str)
@@ -202,7 +206,7 @@ def test_rows_and_samples_past_two_to_the_31(name, stride, generator):
         torch.testing.assert_close(result, wanted, rtol=2**-7, atol=2**-9)
 
 
-@pytest.mark.parametrize("lengths", [None, (35, 20)], ids=str)
+@pytest.mark.parametrize("lengths", [None, (23, 10)], ids=str)
 @each_implementation
 def test_out_may_be_a_view_beside_other_results(name, lengths, generator):
     call = draw_call(generator, lengths=lengths, dtype=torch.bfloat16)
@@ -224,14 +228,14 @@ def test_out_may_be_a_view_beside_other_results(name, lengths, generator):
 
 @each_implementation
 def test_the_same_bits_at_every_run(name, generator):
-    call = draw_call(generator, lengths=(33, 20), dtype=torch.bfloat16)
+    call = draw_call(generator, lengths=(21, 10), dtype=torch.bfloat16)
     for got, wanted in zip(run(name, call), run(name, call), strict=True):
         assert_equal(got, wanted)
 
 
 @each_implementation
 def test_memory_that_was_never_written_is_never_read(name, generator, poison):
-    call = draw_call(generator, lengths=(33, 20, 0), dtype=torch.bfloat16)
+    call = draw_call(generator, lengths=(21, 10, 0), dtype=torch.bfloat16)
     assert not any(x.isnan().any() for x in run(name, call))
 
 
@@ -259,7 +263,7 @@ def test_pairs_are_counted_right(generator):
 
 
 def test_attention_takes_the_pattern(generator):
-    call = draw_call(generator, lengths=(33, 20), windows=((1, 1, 2), (1, 2, 1)))
+    call = draw_call(generator, lengths=(21, 10), windows=((1, 1, 2), (1, 2, 1)))
     expected = sliding_tile_attention(*call.tensors, **call.options, return_lse=True)
     for given in (call.windows, call.windows.tolist(), tuple(map(tuple, call.windows.tolist()))):
         pattern = SlidingTiles(call.grid, call.tile, given)
