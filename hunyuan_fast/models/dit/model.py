@@ -109,6 +109,15 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         """Keep only the inputs of each block for the backward pass and compute the rest again."""
         self.gradient_checkpointing = enabled
 
+    def set_attention(self, *, precision: str | None = None) -> None:
+        """Choose how video and text attend to each other in all blocks; ``None`` changes nothing.
+
+        precision: "same" as the weights
+        Raises ValueError for a choice that does not exist.
+        """
+        for block in (*self.double_blocks, *self.single_blocks):
+            block.get_submodule("attention").set(precision=precision)
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Set every parameter to its value before training, as the official model does.
