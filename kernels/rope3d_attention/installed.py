@@ -2,25 +2,16 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 
 def lacking(module: str, package: str, needs: Mapping[str, Sequence[str]]) -> str | None:
-    """What keeps us from calling ``module``, or ``None``; found out once for each module.
+    """What keeps us from calling ``module``, or ``None``.
 
     needs: the functions that are called, and parameters that each must have.
     """
-    key = tuple((function, tuple(names)) for function, names in needs.items())
-    return _lacking(module, package, key)
-
-
-@cache
-def _lacking(
-    module: str, package: str, needs: tuple[tuple[str, tuple[str, ...]], ...]
-) -> str | None:
     try:
         if find_spec(module) is None:
             return f"{package} is not installed"
@@ -30,7 +21,7 @@ def _lacking(
         library = import_module(module)
     except Exception as error:  # native code of another torch or another GPU may raise anything
         return f"{package} does not load: {type(error).__name__}: {error}".splitlines()[0]
-    for function, names in needs:
+    for function, names in needs.items():
         called = getattr(library, function, None)
         if called is None:
             return f"this version of {package} has no {function}"

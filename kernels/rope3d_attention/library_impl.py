@@ -19,14 +19,14 @@ def supports(
     """``None`` when torch has a kernel for these tensors, else the reason."""
     if q.device.type not in ("cpu", "cuda"):
         return f"torch brings attention kernels for cpu and cuda, got {q.device.type}"
-    return _kernel(q).supports(q, k, v, kv_len, scale, out)
+    return kernel(q).supports(q, k, v, kv_len, scale, out)
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L)."""
-    return _kernel(q).forward(q, k, v, kv_len, scale, out)
+    return kernel(q).forward(q, k, v, kv_len, scale, out)
 
 
 def backward(
@@ -40,8 +40,9 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each (B, L, N, D)."""
-    return _kernel(q).backward(dout, out, lse, q, k, v, kv_len, scale)
+    return kernel(q).backward(dout, out, lse, q, k, v, kv_len, scale)
 
 
-def _kernel(q: Tensor) -> ModuleType:
+def kernel(q: Tensor, *_: object) -> ModuleType:
+    """Which library this is for a call."""
     return cpu_flash if q.device.type == "cpu" else flash

@@ -56,6 +56,11 @@ def halves(q: Tensor, kv_len: Tensor) -> Tensor:
     return torch.cat((pairs.flatten(), firsts[-1:]))
 
 
+def used_rows(kv_len: Tensor) -> Tensor:
+    """``kv_len`` as kernels take it: int32, without gaps."""
+    return kv_len.to(torch.int32).contiguous()
+
+
 def padding_of(q: Tensor, kv_len: Tensor) -> Tensor:
     """Which tokens are padding: (B, L)."""
     return torch.arange(q.shape[1], device=q.device) >= kv_len[:, None]

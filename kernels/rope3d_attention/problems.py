@@ -175,7 +175,7 @@ def problems(
     ]
 
 
-# Tokens of 256 x 256 with 1, 13 and 65 frames, of 544 x 960 with 61, and of 720p with 129.
+# Tokens of 256 x 256 with 1, 13 and 65 frames, of 1024 x 1024 with 29, and of 720p with 129.
 _LENGTHS = (512, 1280, 4608, 33024, 119056)
 _LONGEST_BATCH = 33024
 

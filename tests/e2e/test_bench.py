@@ -22,7 +22,7 @@ def test_a_table_of_all_candidates(cli, cache: Path) -> None:
     assert done.status == 0
     for shape in ("1x64x2x128", "2x40x2x8:40,7"):
         for what in ("forward", "forward+backward"):
-            assert f"{shape} bfloat16 {what}  " in done.out
+            assert f"{shape} bfloat16 {what}\n" in done.out
     rows = [line.split() for line in done.out.splitlines()]
     assert sum(row[:1] == ["reference"] for row in rows) == 4
     assert sum(row[-2:-1] == ["100%"] for row in rows) == 4

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hunyuan_fast.kernels.rope3d_attention import installed, prefixes
+from hunyuan_fast.kernels.rope3d_attention import prefixes
 from hunyuan_fast.kernels.rope3d_attention.libraries import (
     cudnn,
     efficient,
@@ -370,6 +370,13 @@ def package(name: str) -> ModuleType:
     return module
 
 
+def forget() -> None:
+    """What is known of packages is found out anew."""
+    cudnn._lacking.cache_clear()
+    for library in (flash_attn_2, flash_attn_3, flash_attn_4):
+        library._missing.cache_clear()
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put stand-ins in the place of every library, and let them take tensors of this machine."""
     operators = {
@@ -392,4 +399,4 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(library, "_library", lambda name=library._MODULE: sys.modules[name])
     monkeypatch.setattr(prefixes, "capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
-    installed._lacking.cache_clear()
+    forget()

@@ -39,7 +39,7 @@ def libraries(monkeypatch):
     stand_ins.install(monkeypatch)
     yield
     monkeypatch.undo()
-    installed._lacking.cache_clear()
+    stand_ins.forget()
 
 
 def run(library, inputs, lengths, scale, out=None):
@@ -206,16 +206,28 @@ def test_the_gpu_decides_too(library, major, said, libraries, monkeypatch):
         assert said in library.supports(q, q, q, None, 1.0)
 
 
-def test_an_old_cudnn_declines(libraries, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 8907)
+def test_what_cudnn_cannot_do(libraries, monkeypatch):
+    lengths = torch.ones(1)
     with FakeTensorMode():
         q = fake(1, 8, 2, 64)
+        monkeypatch.setattr(cudnn, "_backward_ragged", None)
+        assert cudnn.supports(q, q, q, None, 1.0) is None
+        assert "different lengths" in cudnn.supports(q, q, q, lengths, 1.0)
+        huge = fake(2, 2**17, 64, 128)
+        monkeypatch.setattr(cudnn, "_backward_ragged", cudnn._forward_ragged)
+        assert cudnn.supports(huge, huge, huge, None, 1.0) is None
+        assert "counts up to" in cudnn.supports(huge, huge, huge, lengths, 1.0)
+        stand_ins.forget()
+        monkeypatch.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
+        assert "another order" in cudnn.supports(q, q, q, None, 1.0)
+        stand_ins.forget()
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 8907)
         assert "got 8907" in cudnn.supports(q, q, q, None, 1.0)
 
 
 def test_a_package_that_is_absent_broken_or_another_declines(libraries, monkeypatch):
     def reason():
-        installed._lacking.cache_clear()
+        stand_ins.forget()
         with FakeTensorMode():
             q = fake(1, 8, 2, 64)
             return flash_attn_2.supports(q, q, q, None, 1.0)
@@ -265,3 +277,23 @@ def test_a_library_answers_by_name(generator):
         dispatch.use("library_impl.nonsense", ROOM),
     ):
         pytest.fail("the block must not be entered")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("lengths", [None, [333], [0, 333], [1, 200, 333]], ids=str)
+@each_library
+def test_a_library_on_a_gpu(library, dtype, head_dim, lengths, generator):
+    batch = 2 if lengths is None else len(lengths)
+    inputs = draw_inputs((batch, 333, 2, head_dim), generator, dtype, "cuda")
+    kv_len = None if lengths is None else torch.tensor(lengths, device="cuda")
+    if reason := library.supports(*inputs[:3], kv_len, 1.0):
+        pytest.skip(reason)
+    for x, (item, length) in itertools.product(inputs, enumerate(lengths or ())):
+        x[item, length:] = torch.nan
+    q, k, v, dout = inputs
+    out, lse = library.forward(q, k, v, kv_len, head_dim**-0.5)
+    gradients = library.backward(dout, out, lse, q, k, v, kv_len, head_dim**-0.5)
+    results = [out, lse, *gradients]
+    judge("FlashAttention", results, inputs, lengths or [333] * batch, head_dim**-0.5)

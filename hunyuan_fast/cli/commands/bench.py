@@ -18,7 +18,6 @@ from hunyuan_fast.cli.placement import read_place
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
 
     from hunyuan_fast.kernels.rope3d_attention.problems import Problem
     from hunyuan_fast.ranking import Entry
@@ -99,8 +98,8 @@ def _measure(op: str, options: Options) -> None:
                 progress=stages,
             )
             entries.append(entry)
-            console().print(_table(problem, entry))
-    console().print(_reasons(entries))
+            print(_table(problem, entry), flush=True)
+    print(_reasons(entries))
     if options.tune:
         _keep(lambda: tuning.keep(op, arch, device, entries))
 
@@ -134,21 +133,19 @@ def _problems(
     return [Problem(each, *shape, what) for each in dtypes for shape in shapes for what in passes]
 
 
-def _table(problem: "Problem", entry: "Entry") -> "Table":
+def _table(problem: "Problem", entry: "Entry") -> str:
     """Who agrees, the fastest first."""
-    from rich.table import Table
-
-    table = Table(str(problem), box=None, pad_edge=False)
-    for heading in ("ms", "TFLOP/s", "of the best", "error"):
-        table.add_column(heading, justify="right")
+    lines = [str(problem), _row("", "ms", "TFLOP/s", "of the best", "error")]
     best = min(entry.ms.values(), default=0.0)
     for name in entry.ranked():
-        ms = entry.ms[name]
+        ms, error = entry.ms[name], entry.error[name]
         rate = problem.flops / ms / 1e9
-        table.add_row(
-            name, f"{ms:.4g}", f"{rate:.3g}", f"{best / ms:.0%}", f"{entry.error[name]:.2f}"
-        )
-    return table
+        lines.append(_row(name, f"{ms:.4g}", f"{rate:.3g}", f"{best / ms:.0%}", f"{error:.2f}"))
+    return "\n".join(lines)
+
+
+def _row(name: str, *cells: str) -> str:
+    return f"  {name:<28}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def _reasons(entries: "Sequence[Entry]") -> str:

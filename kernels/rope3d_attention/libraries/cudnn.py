@@ -4,6 +4,9 @@ Samples of one length take its dense kernel, in the layout (B, L, N, D) seen as 
 ``kv_len`` the kernel reads boundaries; torch then plans its graph anew in every call, on the host.
 """
 
+import os
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -13,10 +16,13 @@ VERIFIED_ON: frozenset[str] = frozenset()
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
-_forward_ragged = torch.ops.aten._cudnn_attention_forward.default
-_backward_ragged = torch.ops.aten._cudnn_attention_backward.default
+# For samples of different lengths; not every torch has both.
+_forward_ragged = getattr(torch.ops.aten, "_cudnn_attention_forward", None)
+_backward_ragged = getattr(torch.ops.aten, "_cudnn_attention_backward", None)
 
 _OLDEST = 90000
+# Boundaries are multiplied by strides in 32 bits.
+_MOST_NUMBERS = 2**31 - 1
 
 
 def supports(
@@ -26,9 +32,12 @@ def supports(
     reason = prefixes.half_unfit(q, k, v, "cuDNN attention", widest=128)
     if reason is not None:
         return reason
-    version = torch.backends.cudnn.version() or 0
-    if version < _OLDEST:
-        return f"cuDNN must be 9 or newer, got {version or 'none'}"
+    if reason := _lacking():
+        return reason
+    if kv_len is not None and not (_forward_ragged and _backward_ragged):
+        return "this torch has no cuDNN attention for samples of different lengths"
+    if kv_len is not None and q.numel() > _MOST_NUMBERS:
+        return f"cuDNN attention counts up to {_MOST_NUMBERS} numbers, got {q.numel()}"
     major, minor = prefixes.capability(q.device.index)
     if major < 8:
         return f"cuDNN attention needs compute capability 8.0 or newer, got {major}.{minor}"
@@ -88,3 +97,13 @@ def backward(
         prefixes.without_padding(x.unflatten(0, (batch, length)), padding) for x in gradients
     )
     return dq, dk, dv
+
+
+@cache
+def _lacking() -> str | None:
+    version = torch.backends.cudnn.version() or 0
+    if version < _OLDEST:
+        return f"cuDNN must be 9 or newer, got {version or 'none'}"
+    if os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "0") != "0":
+        return "with TORCH_CUDNN_SDPA_AVOID_RECOMPILE the log-sum-exp is in another order"
+    return None

@@ -28,7 +28,7 @@ def supports(
     q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
 ) -> str | None:
     """``None`` when the package is here and takes these tensors, else the reason."""
-    reason = installed.lacking(_MODULE, "flash-attn", _NEEDS)
+    reason = _missing()
     if reason is None:
         reason = prefixes.half_unfit(q, k, v, "FlashAttention 2")
     if reason is None and prefixes.capability(q.device.index) < (8, 0):
@@ -89,6 +89,11 @@ def _boundaries(q: Tensor, kv_len: Tensor) -> dict[str, Tensor | int]:
     ends, length = prefixes.halves(q, kv_len), q.shape[1]
     both = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
     return {**both, "max_seqlen_q": length, "max_seqlen_k": length}
+
+
+@cache
+def _missing() -> str | None:
+    return installed.lacking(_MODULE, "flash-attn", _NEEDS)
 
 
 @cache

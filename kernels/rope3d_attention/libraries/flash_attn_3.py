@@ -27,7 +27,7 @@ def supports(
     q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
 ) -> str | None:
     """``None`` when the package is here and takes these tensors, else the reason."""
-    reason = installed.lacking(_MODULE, "flash-attn-3", _NEEDS)
+    reason = _missing()
     if reason is None:
         reason = prefixes.half_unfit(q, k, v, "FlashAttention 3")
     if reason is None and prefixes.capability(q.device.index) != (9, 0):
@@ -45,7 +45,7 @@ def forward(
         result, lse, *_ = run(q, k, v, softmax_scale=scale, causal=False)
     else:
         padding = prefixes.padding_of(q, kv_len)
-        used = kv_len.to(torch.int32)
+        used = prefixes.used_rows(kv_len)
         result, lse, *_ = run(
             *(x.flatten(0, 1) for x in (q, k, v)),
             **_boundaries(q),
@@ -77,7 +77,7 @@ def backward(
         run(*given, lse.contiguous(), **into, softmax_scale=scale, is_causal=False)
         return dq, dk, dv
     padding = prefixes.padding_of(q, kv_len)
-    used = kv_len.to(torch.int32)
+    used = prefixes.used_rows(kv_len)
     run(
         *(x.flatten(0, 1) for x in given),
         prefixes.flattened(lse),
@@ -97,6 +97,11 @@ def _boundaries(q: Tensor) -> dict[str, Tensor | int]:
     ends = prefixes.starts(batch, length, q.device)
     both = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
     return {**both, "max_seqlen_q": length, "max_seqlen_k": length}
+
+
+@cache
+def _missing() -> str | None:
+    return installed.lacking(_MODULE, "flash-attn-3", _NEEDS)
 
 
 @cache

@@ -9,7 +9,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hunyuan_fast.kernels.rope3d_attention import installed, prefixes
@@ -29,7 +28,7 @@ def supports(
     q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
 ) -> str | None:
     """``None`` when the package is here and takes these tensors, else the reason."""
-    reason = installed.lacking(_MODULE, "flash-attn-4", _NEEDS)
+    reason = _missing()
     if reason is None:
         reason = prefixes.half_unfit(q, k, v, "FlashAttention 4", widest=128)
     if reason is None and prefixes.capability(q.device.index)[0] not in (9, 10, 11):
@@ -84,9 +83,14 @@ def backward(
 
 def _lengths(q: Tensor, kv_len: Tensor) -> dict[str, Any]:
     batch, length = q.shape[:2]
-    ends, used = prefixes.starts(batch, length, q.device), kv_len.to(torch.int32)
+    ends, used = prefixes.starts(batch, length, q.device), prefixes.used_rows(kv_len)
     both = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "seqused_q": used, "seqused_k": used}
     return {**both, "max_seqlen_q": length, "max_seqlen_k": length}
+
+
+@cache
+def _missing() -> str | None:
+    return installed.lacking(_MODULE, "flash-attn-4", _NEEDS)
 
 
 @cache
