@@ -74,10 +74,12 @@ void run_with_room(int64_t count, int64_t floats, int num_threads, Body const& b
 
 // Rows [first, L) of a sample in all heads.
 void clear_rows(Heads const& x, Sizes const& sizes, int64_t b, int64_t first, int64_t element) {
+    bool const adjacent = x.stride_n == sizes.D;
+    int64_t const pieces = adjacent ? 1 : sizes.N, width = adjacent ? sizes.N * sizes.D : sizes.D;
     for (int64_t l = first; l < sizes.L; ++l) {
-        for (int64_t n = 0; n < sizes.N; ++n) {
+        for (int64_t n = 0; n < pieces; ++n) {
             int64_t const at = b * x.stride_b + l * x.stride_l + n * x.stride_n;
-            std::memset(static_cast<char*>(x.data) + at * element, 0, size_t(sizes.D * element));
+            std::memset(static_cast<char*>(x.data) + at * element, 0, size_t(width * element));
         }
     }
 }
@@ -106,12 +108,13 @@ int64_t queries_per_block(int64_t length, int64_t most, int64_t heads, int64_t t
 
 std::vector<Block> blocks_of(ForwardParams const& p, CpuKernels const& kernel, int num_threads) {
     std::vector<Block> blocks;
+    Tiles const most = kernel.forward_tiles(p.sizes.D);
     int64_t const heads = p.sizes.B * p.sizes.N;
     for (int64_t b : longest_first(p)) {
         int64_t const length = p.lengths[b];
         if (length == 0) break;
-        int64_t const queries = queries_per_block(length, kernel.most_queries, heads, std::max(num_threads, 1));
-        int64_t const keys = even_part(length, kernel.most_keys, 32);
+        int64_t const queries = queries_per_block(length, most.queries, heads, std::max(num_threads, 1));
+        int64_t const keys = even_part(length, most.keys, 32);
         for (int64_t n = 0; n < p.sizes.N; ++n) {
             for (int64_t first = 0; first < length; first += queries) {
                 blocks.push_back({b, n, first, std::min(queries, length - first), keys});
@@ -121,21 +124,78 @@ std::vector<Block> blocks_of(ForwardParams const& p, CpuKernels const& kernel, i
     return blocks;
 }
 
-// The chunks of a group of heads, all first ones first: one head's are seldom at work at the same time.
-struct Group {
-    std::vector<Chunk> chunks;
-    std::vector<int32_t> done;
+// Keys and queries at once of a sample, and what its heads need.
+struct Plan {
+    int64_t keys, chunks, queries, tiles;
+    int64_t dq_floats;  // of one head
 };
 
+Plan plan_of(int64_t length, int64_t D, CpuKernels const& kernel) {
+    Tiles const most = kernel.backward_tiles(D);
+    Plan plan;
+    plan.keys = even_part(length, most.keys, 8);
+    plan.chunks = parts_of(length, plan.keys);
+    plan.queries = even_part(length, most.queries, kRows);
+    plan.tiles = parts_of(length, plan.queries);
+    plan.dq_floats = plan.tiles * plan.queries * kernel.padded(D);
+    return plan;
+}
+
 struct Head {
-    int64_t b, n, chunks;
+    int64_t b, n;
+    Plan plan;
 };
+
+// The chunks of some heads, the first ones of all heads first: seldom are two of one head at work at the same time.
+std::vector<Chunk> chunks_of(BackwardParams const& p, std::vector<Head> const& heads, float* dq, int32_t* done) {
+    int64_t most = 0;
+    for (Head const& head : heads) most = std::max(most, head.plan.chunks);
+    std::vector<Chunk> chunks;
+    for (int64_t index = 0; index < most; ++index) {
+        float* dq_of_head = dq;
+        int32_t* done_of_head = done;
+        for (Head const& head : heads) {
+            Plan const& plan = head.plan;
+            if (index < plan.chunks) {
+                int64_t const first = index * plan.keys, count = std::min(plan.keys, p.lengths[head.b] - first);
+                bool const is_last = index + 1 == plan.chunks;
+                chunks.push_back({head.b, head.n, first, count, plan.queries, int32_t(index), is_last, dq_of_head,
+                                  done_of_head});
+            }
+            dq_of_head += plan.dq_floats;
+            done_of_head += plan.tiles;
+        }
+    }
+    return chunks;
+}
+
+void run_heads(BackwardParams const& p, CpuKernels const& kernel, std::vector<Head> const& heads, int num_threads) {
+    int64_t floats = 0, tiles = 0, room = 0;
+    for (Head const& head : heads) {
+        floats += head.plan.dq_floats;
+        tiles += head.plan.tiles;
+        room = std::max(room, kernel.backward_room(p.sizes.D, head.plan.queries, head.plan.keys));
+    }
+    Floats const dq(floats);
+    std::vector<int32_t> done(size_t(tiles), 0);
+    auto const chunks = chunks_of(p, heads, dq.begin(), done.data());
+    run_with_room(int64_t(chunks.size()), room, num_threads,
+                  [&](int64_t i, float* memory) { kernel.backward(p, chunks[size_t(i)], memory); });
+}
+
+void clear_padding(BackwardParams const& p, int64_t element, int num_threads) {
+    if (std::all_of(p.lengths, p.lengths + p.sizes.B, [&](int64_t length) { return length == p.sizes.L; })) return;
+    parallel_for(p.sizes.B, 1, num_threads, [&](int64_t b, int64_t) {
+        for (Heads const* x : {&p.dq, &p.dk, &p.dv}) clear_rows(*x, p.sizes, b, p.lengths[b], element);
+    });
+}
 
 }  // namespace
 
 void wait_for(int32_t const* counter, int32_t value) {
-    for (int spins = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) != value; ++spins) {
-        if (spins > 64) sched_yield();
+    constexpr int kPatience = 64;  // reads before another thread may have the processor
+    for (int reads = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) != value; ++reads) {
+        if (reads > kPatience) sched_yield();
     }
 }
 
@@ -147,7 +207,7 @@ void forward_cpu(DType dtype, ForwardParams const& p, int num_threads) {
         floats = std::max(floats, kernel.forward_room(p.sizes.D, block.count, block.keys_at_once));
     }
     int64_t const count = int64_t(blocks.size());
-    // after the blocks one piece per sample, its padding
+    // after the blocks the padding of each sample
     run_with_room(count + p.sizes.B, floats, num_threads, [&](int64_t i, float* room) {
         if (i < count) return kernel.forward(p, blocks[size_t(i)], room);
         int64_t const b = i - count, length = p.lengths[b];
@@ -159,82 +219,26 @@ void forward_cpu(DType dtype, ForwardParams const& p, int num_threads) {
     });
 }
 
-namespace {
-
-// Chunks and tiles of a sample.
-struct Plan {
-    int64_t keys, chunks, queries, tiles;
-    int64_t dq_floats;  // of one head
-};
-
-Plan plan_of(int64_t length, int64_t D, CpuKernels const& kernel) {
-    Plan plan;
-    plan.keys = even_part(length, kernel.chunk_keys, 8);
-    plan.chunks = parts_of(length, plan.keys);
-    plan.queries = even_part(length, kernel.chunk_queries, kRows);
-    plan.tiles = parts_of(length, plan.queries);
-    plan.dq_floats = plan.tiles * plan.queries * kernel.padded(D);
-    return plan;
-}
-
-void run_group(BackwardParams const& p, CpuKernels const& kernel, std::vector<Head> const& heads, int num_threads) {
-    std::vector<Plan> plans;
-    int64_t floats = 0, tiles = 0, room = 0, most_chunks = 0, count = 0;
-    for (Head const& head : heads) {
-        Plan const plan = plan_of(p.lengths[head.b], p.sizes.D, kernel);
-        plans.push_back(plan);
-        floats += plan.dq_floats;
-        tiles += plan.tiles;
-        most_chunks = std::max(most_chunks, plan.chunks);
-        count += plan.chunks;
-        room = std::max(room, kernel.backward_room(p.sizes.D, plan.queries, plan.keys));
-    }
-    Floats const dq(floats);
-    std::vector<int32_t> done(size_t(tiles), 0);
-    std::vector<Chunk> chunks;
-    chunks.reserve(size_t(count));
-    for (int64_t index = 0; index < most_chunks; ++index) {
-        float* dq_of_head = dq.begin();
-        int32_t* done_of_head = done.data();
-        for (size_t i = 0; i < heads.size(); ++i) {
-            Plan const& plan = plans[i];
-            if (index < plan.chunks) {
-                int64_t const first = index * plan.keys;
-                chunks.push_back({heads[i].b, heads[i].n, first, std::min(plan.keys, p.lengths[heads[i].b] - first),
-                                  plan.queries, int32_t(index), index + 1 == plan.chunks, dq_of_head, done_of_head});
-            }
-            dq_of_head += plan.dq_floats;
-            done_of_head += plan.tiles;
-        }
-    }
-    run_with_room(count, room, num_threads,
-                  [&](int64_t i, float* memory) { kernel.backward(p, chunks[size_t(i)], memory); });
-}
-
-}  // namespace
-
 void backward_cpu(DType dtype, BackwardParams const& p, int num_threads) {
     auto const& kernel = kernels(dtype);
-    for (Heads const* x : {&p.dq, &p.dk, &p.dv}) {
-        for (int64_t b = 0; b < p.sizes.B; ++b) clear_rows(*x, p.sizes, b, p.lengths[b], element_size(dtype));
-    }
+    clear_padding(p, element_size(dtype), num_threads);
     std::vector<Head> heads;
     int64_t bytes = 0;
     for (int64_t b : longest_first(p)) {
         if (p.lengths[b] == 0) break;
         Plan const plan = plan_of(p.lengths[b], p.sizes.D, kernel);
+        int64_t const more = plan.dq_floats * int64_t(sizeof(float));
         for (int64_t n = 0; n < p.sizes.N; ++n) {
-            int64_t const more = plan.dq_floats * int64_t(sizeof(float));
             if (bytes + more > kMostBytes && int64_t(heads.size()) >= num_threads) {
-                run_group(p, kernel, heads, num_threads);
+                run_heads(p, kernel, heads, num_threads);
                 heads.clear();
                 bytes = 0;
             }
-            heads.push_back({b, n, plan.chunks});
+            heads.push_back({b, n, plan});
             bytes += more;
         }
     }
-    if (!heads.empty()) run_group(p, kernel, heads, num_threads);
+    run_heads(p, kernel, heads, num_threads);
 }
 
 }  // namespace hunyuan_fast::rope3d_attention

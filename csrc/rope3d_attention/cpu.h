@@ -32,10 +32,16 @@ struct Chunk {
     int32_t* done = nullptr;  // (tiles,): chunks that have added their part
 };
 
+struct Tiles {
+    int64_t queries;
+    int64_t keys;
+};
+
 // Functions are of one dtype. Room is memory for one call, in floats, at a multiple of 64 bytes.
 struct CpuKernels {
-    int64_t most_queries, most_keys;  // of a block at once
-    int64_t chunk_queries, chunk_keys;
+    // At most so many at once, so that what is at hand stays in the second-level cache.
+    Tiles (*forward_tiles)(int64_t D);
+    Tiles (*backward_tiles)(int64_t D);
     int64_t (*padded)(int64_t D);  // to vectors
     int64_t (*forward_room)(int64_t D, int64_t queries, int64_t keys);
     int64_t (*backward_room)(int64_t D, int64_t queries, int64_t keys);

@@ -14,6 +14,17 @@ using namespace hunyuan_fast::HUNYUAN_FAST_ISA;
 template <class T>
 constexpr int kPerWord = 1;
 
+// The word in all lanes, its bits untouched: as a float it may be anything.
+inline Vec everywhere(float const* word) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_set1_ps(*word);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_set1_ps(*word);
+#else
+    return Vec{*word, *word, *word, *word};
+#endif
+}
+
 template <class T>
 inline Vec multiply_add(T, Vec a, Vec b, Vec sum) {
     return a * b + sum;
@@ -81,7 +92,7 @@ inline void multiply_tile(Left const& a, int64_t row, float const* b, int64_t de
         Vec columns[kV];
         for (int v = 0; v < kV; ++v) columns[v] = load_as<Vec>(b + v * kLanes);
         for (int r = 0; r < kR; ++r) {
-            Vec const each = Vec{} + x[r][at];
+            Vec const each = everywhere(x[r] + at);
             for (int v = 0; v < kV; ++v) sums[r][v] = multiply_add(T{}, each, columns[v], sums[r][v]);
         }
     }
