@@ -5,7 +5,7 @@
 
 #include "causal_conv3d/sm90_layout.h"
 #include "common/cuda_check.h"
-#include "common/sm90.cuh"
+#include "common/sm90_products.cuh"
 
 namespace hunyuan_fast::causal_conv3d {
 
