@@ -87,14 +87,17 @@ void arrive_at(NamedCall const& call, bool wait, char const* what) {
     }
     named.arrived += kWarp;
     named.warps.push_back(warp);
+    named.gathered.learn(self().clock);
     if (named.arrived == threads) {
         named.arrived = 0;
         named.warps.clear();
+        named.published = named.gathered;
         wake_all(named.waiting);
     } else if (wait) {
         named.waiting.push_back(&self());
         block_for({Waiting::named, what, uint64_t(number)});
     }
+    if (wait) self().clock.learn(named.published);
 }
 
 }  // namespace
@@ -131,6 +134,8 @@ void settle(uint32_t address, Barrier& barrier) {
     }
     if (barrier.bytes > 0) return;
     ++barrier.phase;
+    barrier.published = barrier.arrived;
+    barrier.published.learn({barrier.component, uint32_t(barrier.phase)});
     barrier.pending = barrier.expected;
     wake_all(barrier.waiting);
 }
@@ -145,6 +150,11 @@ std::string describe(uint32_t address, Barrier const& barrier) {
     return text;
 }
 
+Stamp phase_of(uint32_t address) {
+    Barrier const& barrier = barrier_at(address, "a copy");
+    return {barrier.component, uint32_t(barrier.phase) + 1};
+}
+
 Barrier& barrier_at(uint32_t address, char const* what) {
     auto const found = block().barriers.find(address);
     if (found == block().barriers.end()) {
@@ -154,11 +164,16 @@ Barrier& barrier_at(uint32_t address, char const* what) {
 }
 
 void init_barrier(uint32_t address, int arrivals) {
-    block().shared.reserve(address, self().number);
+    auto& clock = self().clock;
+    block().shared.reserve(address, clock, clock.now(self().number));
+    clock.step(self().number);
     if (arrivals < 1 || arrivals > kMostArrivals) fail("init_barrier: %d arrivals", arrivals);
-    Barrier& barrier = block().barriers[address];
-    if (!barrier.waiting.empty()) fail("init_barrier: threads wait for %s", describe(address, barrier).c_str());
-    barrier = {arrivals, arrivals, 0, 0, {}};
+    auto const [place, fresh] = block().barriers.try_emplace(address);
+    Barrier& barrier = place->second;
+    if (!fresh) fail("init_barrier: it has begun before: %s", describe(address, barrier).c_str());
+    barrier.expected = barrier.pending = arrivals;
+    barrier.component = new_component("the copies to barrier " + std::to_string(address - kSharedBase));
+    barrier.arrived = barrier.published = Clock(int(block().fibers.size()) + kSources);
 }
 
 void count_arrival(uint32_t address) {
@@ -176,6 +191,9 @@ void count_bytes(uint32_t address, int64_t bytes) {
 void arrive(uint32_t address, uint32_t expected_bytes) {
     if (machine.draw(8)) pause();
     Barrier& barrier = barrier_at(address, "arrive");
+    block().shared.check_barrier(address, self().clock, true, "arrive");
+    barrier.arrived.learn(self().clock);
+    self().clock.step(self().number);
     barrier.bytes += expected_bytes;
     if (barrier.bytes > kMostBytes) settle(address, barrier);
     --barrier.pending;
@@ -184,12 +202,20 @@ void arrive(uint32_t address, uint32_t expected_bytes) {
 
 void wait(uint32_t address, uint32_t parity) {
     Barrier& barrier = barrier_at(address, "wait");
+    block().shared.check_barrier(address, self().clock, true, "wait");
     if (parity > 1) fail("wait: a parity of %u", parity);
     while ((barrier.phase & 1) == parity) {
         barrier.waiting.push_back(&self());
         block_for({Waiting::barrier, "wait", address, parity});
     }
+    self().clock.learn(barrier.published);
     if (machine.draw(8)) pause();
+}
+
+void fence_async_proxy() {
+    block().shared.fence();
+    self().clock.fence();
+    self().clock.step(self().number);
 }
 
 // ---- registers

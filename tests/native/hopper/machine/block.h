@@ -18,6 +18,7 @@ namespace hopper {
 constexpr int kWarp = 32;
 constexpr int kGroup = 128;
 constexpr uint32_t kAll = ~0u;
+constexpr int kSources = 192;  // of events beside threads: warpgroups, barriers, threads that store
 
 // When asynchronous work is done.
 enum class Timing { late, early, drawn };
@@ -50,6 +51,7 @@ struct Store {
     bool read = false;
     bool written = false;
     bool waited = false;  // its thread has waited for its read
+    Stamp done;
     std::vector<uint8_t> held;
 };
 
@@ -67,7 +69,10 @@ struct Fiber {
     jmp_buf at;
     Reason reason;
     WarpCall call;
+    Clock clock;
     std::vector<ChunkCopy> chunks;                       // begun, and followed by no arrival yet
+    int store_component = -1;
+    uint32_t begun_stores = 0;
     std::vector<std::shared_ptr<Store>> open;            // of no group yet
     std::deque<std::vector<std::shared_ptr<Store>>> stores;  // groups
 };
@@ -77,6 +82,9 @@ struct Barrier {
     int pending = 0;
     int64_t bytes = 0;
     uint64_t phase = 0;
+    int component = 0;
+    Clock arrived;    // what those who arrive know
+    Clock published;  // at the end of the last phase
     std::vector<Fiber*> waiting;
 };
 
@@ -84,6 +92,8 @@ struct NamedBarrier {
     int threads = 0;
     int arrived = 0;
     std::vector<int> warps;
+    Clock gathered;
+    Clock published;
     std::vector<Fiber*> waiting;
 };
 
@@ -96,7 +106,7 @@ struct Copy {
     Box map;
     int at[4] = {};
     uint32_t barrier = 0;
-    int thread = 0;
+    int thread = 0;  // of chunks
     std::vector<ChunkCopy> pieces;
 };
 
@@ -116,6 +126,7 @@ struct Product {
     uint32_t held[kGroup][4] = {};
     bool commit = false;  // not a product, but the end of a group
     int warps = 0;        // that have asked for it
+    Clock known;          // to all of them
     bool computed = false;
     bool finished = false;
 };
@@ -136,6 +147,7 @@ struct Group {
     std::deque<std::unique_ptr<Product>> products;
     uint64_t first = 0;     // number of products.front()
     uint64_t computed = 0;  // all before this one are
+    int component = 0;
     std::vector<Fiber*> waiting;
 
     Product& at(uint64_t number) { return *products[number - first]; }
@@ -155,6 +167,7 @@ struct Block {
     NamedBarrier named[16];
     std::vector<Copy> copies;
     std::vector<std::shared_ptr<Store>> stores;
+    std::vector<std::string> sources;  // of the components of clocks, by name
     int free_registers = 0;
     std::vector<Fiber*> waiting_for_registers;
     int elected = 0;
@@ -182,6 +195,10 @@ inline Block& block() { return *machine.block; }
 inline Fiber& self() { return *machine.running; }
 inline int warp_of(Fiber const& fiber) { return fiber.number / kWarp; }
 inline int lane_of(Fiber const& fiber) { return fiber.number % kWarp; }
+
+// A component of clocks for a source of events.
+int new_component(std::string const& source);
+std::string source_of(Stamp const& stamp);
 
 // Memory of a tensor; all that a kernel may touch.
 void check_global(void const* pointer, uint64_t bytes, char const* what);
@@ -216,6 +233,7 @@ void together(char const* what, uint32_t lanes, void const* data, Action const& 
 Barrier& barrier_at(uint32_t address, char const* what);
 void count_arrival(uint32_t barrier);
 void count_bytes(uint32_t barrier, int64_t bytes);
+Stamp phase_of(uint32_t barrier);  // the one under way
 std::string describe(uint32_t address, Barrier const& barrier);
 
 bool land_some_copy();    // copies.cpp; false where none is under way

@@ -59,7 +59,7 @@ void land_box(Copy const& copy) {
         std::memcpy(&bytes[offset], row, count);
     });
     bytes = arranged(copy.map, copy.to, bytes);
-    block().shared.land(copy.to, bytes.data(), copy.bytes, copy.thread, false);
+    block().shared.land(copy.to, bytes.data(), copy.bytes, phase_of(copy.barrier), false);
 }
 
 void land_chunks(Copy const& copy) {
@@ -67,9 +67,9 @@ void land_chunks(Copy const& copy) {
         uint8_t bytes[kChunk] = {};
         if (piece.bytes > 0) check_global(piece.from, piece.bytes, "copy_chunk");
         std::memcpy(bytes, piece.from, piece.bytes);
-        block().shared.land(piece.to, bytes, kChunk, copy.thread, true);
+        block().shared.land(piece.to, bytes, kChunk, phase_of(copy.barrier), true);
     }
-    if (copy.barrier != 0) count_arrival(copy.barrier);
+    count_arrival(copy.barrier);
 }
 
 void land(Copy const& copy) {
@@ -78,7 +78,7 @@ void land(Copy const& copy) {
         land_box(copy);
     } else {
         check_global(copy.from, copy.bytes, "copy_bulk");
-        block().shared.land(copy.to, copy.from, copy.bytes, copy.thread, false);
+        block().shared.land(copy.to, copy.from, copy.bytes, phase_of(copy.barrier), false);
     }
     count_bytes(copy.barrier, copy.bytes);
 }
@@ -91,9 +91,8 @@ void begin(Copy&& copy) {
 void begin_shared(Copy& copy, uint32_t multiple, char const* what) {
     block().shared.at(copy.to, copy.bytes, multiple, what);
     barrier_at(copy.barrier, what);
-    copy.thread = self().number;
-    block().shared.check_fenced(copy.barrier, copy.thread, 1, "the barrier of a copy");
-    block().shared.begin_copy(copy.to, copy.bytes, copy.thread, false, what);
+    block().shared.check_barrier(copy.barrier, self().clock, false, "the barrier of a copy");
+    block().shared.begin_copy(copy.to, copy.bytes, self().clock, false, what);
 }
 
 }  // namespace
@@ -116,7 +115,7 @@ bool land_some_copy() {
 void copy_chunk(uint32_t to, void const* from, uint32_t bytes) {
     if (bytes > kChunk) fail("copy_chunk: %u bytes of 16", bytes);
     if (reinterpret_cast<uintptr_t>(from) % kChunk != 0) fail("copy_chunk: a source that is no multiple of 16");
-    block().shared.begin_copy(to, kChunk, self().number, true, "copy_chunk");
+    block().shared.begin_copy(to, kChunk, self().clock, true, "copy_chunk");
     self().chunks.push_back({to, bytes, from});
 }
 
@@ -194,7 +193,12 @@ void write_global(Store& store) {
 void begin_store(Store&& store, uint32_t multiple, char const* what) {
     auto& shared = block().shared;
     shared.at(store.from, store.bytes, multiple, what);
-    for (uint32_t i = 0; i < store.bytes; i += kChunk) shared.begin_read(store.from + i, self().number, 1, what);
+    Fiber& own = self();
+    if (own.store_component < 0) {
+        own.store_component = new_component("a store of thread " + std::to_string(own.number));
+    }
+    store.done = {own.store_component, ++own.begun_stores};
+    for (uint32_t i = 0; i < store.bytes; i += kChunk) shared.begin_read(store.from + i, own.clock, store.done, what);
     auto const kept = std::make_shared<Store>(std::move(store));
     if (machine.copies == Timing::early) write_global(*kept);
     self().open.push_back(kept);
@@ -204,6 +208,7 @@ void begin_store(Store&& store, uint32_t multiple, char const* what) {
 void end_read(Store& store) {
     if (store.waited) return;
     store.waited = true;
+    self().clock.learn(store.done);
     read_shared(store);
     for (uint32_t i = 0; i < store.bytes; i += kChunk) block().shared.end_read(store.from + i, "a store");
 }
@@ -283,8 +288,9 @@ void store_matrix(uint32_t to, uint32_t const* registers, bool transposed) {
         for (int lane = 0; lane < kWarp; ++lane) {
             uint32_t const address = brought<MatrixCall>(lane).to;
             block().shared.at(address, kChunk, kChunk, "stmatrix");
-            int const thread = warp_of(self()) * kWarp + lane;
-            block().shared.write(address, matrices[lane / 8][lane % 8], kChunk, thread, "stmatrix");
+            auto const& clock = self().clock;  // the warp's
+            Stamp const done = clock.now(warp_of(self()) * kWarp + lane);
+            block().shared.write(address, matrices[lane / 8][lane % 8], kChunk, clock, done, "stmatrix");
         }
     });
 }

@@ -178,13 +178,23 @@ bool gather(char const* what, uint32_t lanes, void const* data) {
             return false;
         }
     }
+    for (int lane = 0; lane < kWarp; ++lane) {
+        if (lanes >> lane & 1) own.clock.learn(warp[lane].clock);
+    }
     return true;
 }
 
 void release(uint32_t lanes) {
     Fiber* const warp = &block().fibers[warp_of(self()) * kWarp];
     for (int lane = 0; lane < kWarp; ++lane) {
-        if ((lanes >> lane & 1) && &warp[lane] != &self()) wake(warp[lane]);
+        if ((lanes >> lane & 1) == 0) continue;
+        if (&warp[lane] != &self()) {
+            warp[lane].clock = self().clock;
+            wake(warp[lane]);
+        }
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+        if (lanes >> lane & 1) warp[lane].clock.step(warp[lane].number);
     }
     if (machine.draw(2)) pause();
 }

@@ -116,11 +116,33 @@ Block::Block(Shape const& given)
       fibers(size_t(given.block.x) * given.block.y * given.block.z),
       warps(fibers.size() / kWarp),
       groups((fibers.size() + kGroup - 1) / kGroup),
-      shared(given.shared_bytes, int(fibers.size())) {
-    for (size_t i = 0; i < fibers.size(); ++i) fibers[i].number = int(i);
+      shared(given.shared_bytes) {
+    Clock const clock(int(fibers.size()) + kSources);
+    for (size_t i = 0; i < fibers.size(); ++i) {
+        fibers[i].number = int(i);
+        fibers[i].clock = clock;
+        fibers[i].clock.step(int(i));
+        sources.push_back("thread " + std::to_string(i));
+    }
+    for (size_t i = 0; i < groups.size(); ++i) {
+        groups[i].component = int(sources.size());
+        sources.push_back("a product of warpgroup " + std::to_string(i));
+    }
+    for (auto& barrier : named) barrier.gathered = barrier.published = clock;
     int const each = std::min(256, kRegisters / int(fibers.size()) / 8 * 8);
     for (auto& warp : warps) warp.registers = each;
     elected = int(machine.random() % kWarp);
+}
+
+int new_component(std::string const& source) {
+    auto& sources = block().sources;
+    sources.push_back(source);
+    if (sources.size() > block().fibers.size() + kSources) fail("too many barriers or threads that store");
+    return int(sources.size()) - 1;
+}
+
+std::string source_of(Stamp const& stamp) {
+    return stamp.component < 0 ? "nobody" : block().sources[size_t(stamp.component)];
 }
 
 void fail(char const* format, ...) {
@@ -149,7 +171,7 @@ void check_global(void const* pointer, uint64_t bytes, char const* what) {
 
 char* dynamic_shared() { return block().shared.data(); }
 uint32_t shared_address(void const* pointer) { return block().shared.address_of(pointer); }
-void fence_async_proxy() { block().shared.fence(self().number); }
+
 int processors() { return machine.processors; }
 
 void launch(Shape const& shape, std::function<void()> const& kernel) {

@@ -10,7 +10,8 @@ namespace hopper {
 namespace {
 
 constexpr int kRows = 64;
-constexpr uint32_t kInFlight = 0x7fd5a5a5;  // a NaN: what registers hold of sums that no wait covers
+// What registers hold of sums that no wait covers: a signalling NaN, which no arithmetic leaves as it is.
+constexpr uint32_t kInFlight = 0x7f95a5a5;
 
 float in_flight() {
     float value;
@@ -212,13 +213,13 @@ Product& next_product(Group& group, Warp& warp) {
 // By the last of the four warps.
 void issue(Group& group, uint64_t number) {
     Product& product = group.at(number);
-    int const leader = warp_of(self()) / 4 * kGroup;
     if (!product.commit) {
         auto const& call = product.call;
         if (call.fragment == nullptr) product.a = chunks_of(call.a, call.a_along_m, kRows, "A");
         product.b = chunks_of(call.b, call.b_along_n, call.columns, "B");
+        Stamp const done = {group.component, uint32_t(number) + 1};
         for (auto const* operand : {&product.a, &product.b})
-            for (uint32_t const chunk : *operand) block().shared.begin_read(chunk, leader, kGroup, "multiply");
+            for (uint32_t const chunk : *operand) block().shared.begin_read(chunk, product.known, done, "multiply");
     }
     if (machine.products == Timing::early) compute_until(group, number + 1);
     wake_all(group.waiting);
@@ -240,7 +241,9 @@ void ask(ProductCall const& call) {
         product.sums = held != nullptr ? held->sums : std::make_shared<Sums>();
         product.sums->columns = call.columns;
         product.sums->values.resize(size_t(kRows * call.columns));
+        product.known = self().clock;
     }
+    product.known.keep(self().clock);
     check_same(call, product.call);
     if (held != nullptr && held->sums != product.sums) fail("multiply: warps of a warpgroup add to different sums");
     if (held == nullptr) {
@@ -296,6 +299,7 @@ void settle(int pending) {
         block_for({Waiting::issue, "wait_for_products"});
     }
     compute_until(group, end);
+    self().clock.learn({group.component, uint32_t(end)});
     for (uint64_t n = group.first; n < end; ++n) finish(group.at(n));
     for (size_t i = warp.held.size(); i-- > 0;) {
         if (warp.held[i].last >= end) continue;
