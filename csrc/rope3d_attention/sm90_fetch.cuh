@@ -143,7 +143,8 @@ __device__ void fetch_item(HopperParams const& p, Maps const& maps, Shared<S> co
         sm90::wait(shared.keys_empty(keys.stage), keys.phase ^ 1);
         if (lane == 0) fetch_tile<S>(shared.keys(keys.stage), maps.k, first, item, shared.keys_full(keys.stage));
         sm90::wait(shared.values_empty(values.stage), values.phase ^ 1);
-        if (lane == 0) fetch_tile<S>(shared.values(values.stage), maps.v, first, item, shared.values_full(values.stage));
+        if (lane != 0) continue;
+        fetch_tile<S>(shared.values(values.stage), maps.v, first, item, shared.values_full(values.stage));
     }
 }
 

@@ -1,6 +1,7 @@
-// The Hopper kernel: one warp fetches, two consumer warpgroups multiply and exponentiate. Each consumer has the products
-// of the next scores and of the last probabilities under way while it exponentiates, and while one of them does that,
-// the other one's products have the tensor cores: they take turns. Blocks stay and take item after item.
+// The Hopper kernel: one warp fetches, two consumer warpgroups multiply and exponentiate. A consumer begins the product
+// of its next scores together with that of its last probabilities, and exponentiates the former while the latter is
+// under way. Consumers take turns: while one of them exponentiates, the other one's products have the tensor cores.
+// Blocks stay and take item after item.
 #pragma once
 
 #include <type_traits>
@@ -122,11 +123,12 @@ __device__ void attend(HopperParams const& p, Shared<S> const& shared, int consu
         if (lane == 0) sm90::arrive(shared.keys_empty(keys.stage));
         keys.advance();
         online.take(scores, scale, correction);
+        sm90::compute_now(online.total[0] + online.total[1]);  // while the values' product is under way
         sm90::wait_for_products<0>();
         sm90::settle(sums);
         if (lane == 0) sm90::arrive(shared.values_empty(values.stage));
         values.advance();
-        rescale(sums, correction);
+        if (__any_sync(~0u, correction[0] != 1 || correction[1] != 1)) rescale(sums, correction);
         pack_probabilities<T, S::kKeys>(scores, probabilities);
     }
 
@@ -191,7 +193,7 @@ __device__ void send_rows(HopperParams const& p, Item const& item, int consumer,
         float const total = sum_of_four(online.total[which]);
         send_row<T, S>(p, item, row, valid, sums, which, total == 0 ? 0.0f : 1 / total, thread);
         if (thread % 4 == 0 && row < p.L) {
-            float const lse = total == 0 ? -infinity() : online.largest[which] * p.scale + logf(total);
+            float const lse = total == 0 ? -infinity() : online.shift[which] / kLog2E + logf(total);
             p.lse[(int64_t(item.b) * p.N + item.n) * p.L + row] = valid ? lse : -infinity();
         }
     }
@@ -220,6 +222,10 @@ __device__ void produce(HopperParams const& p, Maps const& maps, Shared<S> const
         Item const item = item_of(p, index);
         int const valid = valid_tokens(p, item.b);
         if (item.first_row < valid) fetch_item<T, S>(p, maps, shared, item, valid, lane, progress);
+    }
+    // stays until all that it has begun is there and read
+    for (int stage = 0; stage < kStages; ++stage, progress.values.advance()) {
+        sm90::wait(shared.values_empty(progress.values.stage), progress.values.phase ^ 1);
     }
 }
 

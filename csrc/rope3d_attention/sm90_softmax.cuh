@@ -27,7 +27,8 @@ __device__ inline float sum_of_four(float x) {
 // What has been seen of two rows of scores.
 struct Online {
     float largest[2] = {-infinity(), -infinity()};
-    float total[2] = {};  // of exponentials relative to the largest, of this thread's columns
+    float shift[2] = {-infinity(), -infinity()};  // exponent of two that stands for 1: of the largest score, rounded
+    float total[2] = {};                          // of exponentials, of this thread's columns
 
     // Turns scores into exponentials relative to the largest so far. `correction` is what those before are off by.
     // `scale` is that of the scores for powers of two.
@@ -39,14 +40,13 @@ struct Online {
             float& mine = top[row_of_sum(i)][i % 2];
             mine = fmaxf(mine, scores[i]);
         }
-        float shift[2];
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-            float const before = largest[row];
+            float const before = shift[row];
             largest[row] = largest_of_four(fmaxf(top[row][0], top[row][1]));
             // a row of nothing but -inf stays without a sum
             shift[row] = largest[row] == -infinity() ? 0.0f : largest[row] * scale;
-            correction[row] = sm90::exp2_approx(fmaf(before, scale, -shift[row]));
+            correction[row] = sm90::exp2_approx(before - shift[row]);
             total[row] *= correction[row];
         }
 #pragma unroll
