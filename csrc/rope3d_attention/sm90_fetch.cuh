@@ -31,8 +31,8 @@ struct Shared {
     __device__ uint32_t keys_empty(int stage) const { return barrier(2 * kConsumers + kStages + stage); }
     __device__ uint32_t values_full(int stage) const { return barrier(2 * kConsumers + 2 * kStages + stage); }
     __device__ uint32_t values_empty(int stage) const { return barrier(2 * kConsumers + 3 * kStages + stage); }
-    __device__ uint32_t key_tail() const { return barrier(2 * kConsumers + 4 * kStages); }
-    __device__ uint32_t value_tail() const { return barrier(2 * kConsumers + 4 * kStages + 1); }
+    __device__ uint32_t key_tail(int stage) const { return barrier(2 * kConsumers + 4 * kStages + stage); }
+    __device__ uint32_t value_tail(int stage) const { return barrier(2 * kConsumers + 5 * kStages + stage); }
 
     // By one thread, before any other uses them.
     __device__ void init_barriers() const {
@@ -45,9 +45,9 @@ struct Shared {
             sm90::init_barrier(values_full(stage), 1);
             sm90::init_barrier(keys_empty(stage), kConsumerWarps);
             sm90::init_barrier(values_empty(stage), kConsumerWarps);
+            sm90::init_barrier(key_tail(stage), 32);  // the lanes of the producer
+            sm90::init_barrier(value_tail(stage), 32);
         }
-        sm90::init_barrier(key_tail(), 32);  // the lanes of the producer
-        sm90::init_barrier(value_tail(), 32);
         sm90::fence_async_proxy();  // bulk copies arrive there too
     }
 };
@@ -56,8 +56,10 @@ struct Shared {
 struct Progress {
     sm90::Ring<kStages> keys;
     sm90::Ring<kStages> values;
-    uint32_t items = 0;  // parities of how many had queries, and of how many had a tail
-    uint32_t tails = 0;
+    uint32_t items = 0;  // how many have had queries
+    uint32_t tails = 0;  // a bit for each stage: the parity of how many tails it has held
+
+    __device__ uint32_t tail_phase(int stage) const { return tails >> stage & 1; }
 };
 
 __device__ inline int valid_tokens(HopperParams const& p, int b) {
@@ -86,6 +88,7 @@ __device__ void fetch_tail(uint32_t to, T const* rows, int64_t stride, int valid
 
 template <class S>
 __device__ void fetch_tile(uint32_t to, sm90::TensorMap const& map, int first, Item const& item, uint32_t barrier) {
+    sm90::fence_async_proxy();  // where this goes may have held a tail
     sm90::arrive_expecting(barrier, S::kTileBytes);
 #pragma unroll
     for (int block = 0; block < S::kBlocks; ++block) {
@@ -130,12 +133,12 @@ __device__ void fetch_item(HopperParams const& p, Maps const& maps, Shared<S> co
     // keys first: their stage is free before the queries of the item before are
     sm90::wait(shared.keys_empty(keys.stage), keys.phase ^ 1);
     fetch_last<T, S>(shared.keys(keys.stage), maps.k, p.k, last, valid, item, lane, shared.keys_full(keys.stage),
-                     shared.key_tail());
+                     shared.key_tail(keys.stage));
     if (lane == 0) fetch_queries(shared, maps.q, item, progress.items & 1);
     __syncwarp();
     sm90::wait(shared.values_empty(values.stage), values.phase ^ 1);
     fetch_last<T, S>(shared.values(values.stage), maps.v, p.v, last, valid, item, lane,
-                     shared.values_full(values.stage), shared.value_tail());
+                     shared.values_full(values.stage), shared.value_tail(values.stage));
     keys.advance(), values.advance(), ++progress.items;
 #pragma unroll 1
     for (int step = 1; step < tiles; ++step, keys.advance(), values.advance()) {

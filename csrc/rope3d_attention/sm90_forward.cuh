@@ -92,7 +92,7 @@ __device__ void attend(HopperParams const& p, Shared<S> const& shared, int consu
     sm90::wait(shared.queries_full(consumer), progress.items & 1);
     sm90::wait(shared.keys_full(keys.stage), keys.phase);
     if (tail) {
-        sm90::wait(shared.key_tail(), progress.tails & 1);
+        sm90::wait(shared.key_tail(keys.stage), progress.tail_phase(keys.stage));
         sm90::fence_async_proxy();  // a tail comes through the generic proxy
     }
     __syncwarp();
@@ -105,9 +105,9 @@ __device__ void attend(HopperParams const& p, Shared<S> const& shared, int consu
     online.take(scores, scale, correction);
     pack_probabilities<T, S::kKeys>(scores, probabilities);
     if (tail) {
-        sm90::wait(shared.value_tail(), progress.tails & 1);
+        sm90::wait(shared.value_tail(values.stage), progress.tail_phase(values.stage));
         sm90::fence_async_proxy();
-        ++progress.tails;
+        progress.tails ^= 1u << values.stage;
     }
 
 #pragma unroll 1

@@ -32,7 +32,7 @@ struct Shape {
     static constexpr uint32_t kKeysAt = kConsumers * kQueryBytes;
     static constexpr uint32_t kValuesAt = kKeysAt + kStages * kTileBytes;
     static constexpr uint32_t kBarriersAt = kValuesAt + kStages * kTileBytes;
-    static constexpr int kBarriers = 2 * kConsumers + 4 * kStages + 2;
+    static constexpr int kBarriers = 2 * kConsumers + 6 * kStages;
     static constexpr uint32_t kAllocated = kBarriersAt + kBarriers * 8 + sm90::kAtomBytes;  // for the alignment
 
     static_assert(kKeyBlockBytes % sm90::kAtomBytes == 0 && kAllocated <= sm90::kSharedBytes);
@@ -41,7 +41,7 @@ struct Shape {
 // ---- items: 128 query rows of one head
 
 // All heads of a sample one after the other, and of each all query rows before the next: the thread blocks go through
-// the keys and values of one head together, which stay in the second-level cache meanwhile.
+// the keys and values of one head together, so that the second-level cache has what one of them fetched for the others.
 struct Item {
     int b = 0;
     int n = 0;
