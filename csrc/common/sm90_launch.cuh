@@ -1,12 +1,12 @@
-// How Hopper's kernels are started: on the current device, with as much shared memory as a block may have.
+// Launches of Hopper kernels. A header of its own: `<<<>>>` is no C++, and kernels are compiled for the host too, by
+// tests that emulate the machine.
 #pragma once
 
 #include "common/cuda_check.h"
 
-#include <cstdint>
-
 namespace hunyuan_fast::sm90 {
 
+// Of the current device.
 inline int processors() {
     int device = 0, count = 0;
     HUNYUAN_CUDA_CHECK(cudaGetDevice(&device));
@@ -15,10 +15,11 @@ inline int processors() {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), unsigned blocks, int threads, uint32_t shared_bytes, void* stream,
+void launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, unsigned shared_bytes, void* stream,
             Arguments const&... arguments) {
-    HUNYUAN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
-    kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+    HUNYUAN_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
     HUNYUAN_CUDA_CHECK(cudaGetLastError());
 }
 
