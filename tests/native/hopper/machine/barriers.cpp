@@ -9,7 +9,7 @@ namespace hopper {
 // ---- warps
 
 void sync_warp(uint32_t lanes) {
-    together("__syncwarp", lanes, nullptr, [] {});
+    together("__syncwarp", lanes, nullptr, [] {}, true);
 }
 
 namespace {
@@ -104,12 +104,12 @@ void arrive_at(NamedCall const& call, bool wait, char const* what) {
 
 void sync_named(int barrier, int threads) {
     NamedCall const call = {barrier, threads};
-    together("barrier.sync", kAll, &call, [&] { arrive_at(call, true, "barrier.sync"); });
+    together("barrier.sync", kAll, &call, [&] { arrive_at(call, true, "barrier.sync"); }, true);
 }
 
 void arrive_named(int barrier, int threads) {
     NamedCall const call = {barrier, threads};
-    together("barrier.arrive", kAll, &call, [&] { arrive_at(call, false, "barrier.arrive"); });
+    together("barrier.arrive", kAll, &call, [&] { arrive_at(call, false, "barrier.arrive"); }, true);
 }
 
 void sync_block() { sync_named(0, int(block().fibers.size())); }

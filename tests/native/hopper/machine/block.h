@@ -38,6 +38,7 @@ struct WarpCall {
     char const* what = "";
     uint32_t lanes = 0;
     void const* data = nullptr;
+    bool tell = false;  // what one knows the others know afterwards
 };
 
 // A copy from shared to global memory, of a group of its thread.
@@ -162,6 +163,7 @@ struct Block {
     std::vector<Warp> warps;
     std::vector<Group> groups;
     std::vector<Fiber*> ready;
+    std::vector<int> favour;  // of warps
     Shared shared;
     std::map<uint32_t, Barrier> barriers;
     NamedBarrier named[16];
@@ -180,6 +182,7 @@ struct Machine {
     int processors = 3;
     Timing copies = Timing::late;
     Timing products = Timing::late;
+    bool by_favour = false;
     std::mt19937_64 random;
     std::unique_ptr<Block> block;
     Fiber* running = nullptr;
@@ -213,19 +216,20 @@ void run_block(std::function<void()> const& kernel);
 std::string who_waits();
 
 // True in the thread that arrives last and acts for the lanes; the others return when it has released them.
-bool gather(char const* what, uint32_t lanes, void const* data);
-void release(uint32_t lanes);
+bool gather(char const* what, uint32_t lanes, void const* data, bool tell);
+void release();
 
 template <class T>
 T const& brought(int lane) {
     return *static_cast<T const*>(block().fibers[warp_of(self()) * kWarp + lane].call.data);
 }
 
+// `tell`: it orders memory accesses, as barriers do and shuffles do not.
 template <class Action>
-void together(char const* what, uint32_t lanes, void const* data, Action const& action) {
-    if (!gather(what, lanes, data)) return;
+void together(char const* what, uint32_t lanes, void const* data, Action const& action, bool tell = false) {
+    if (!gather(what, lanes, data, tell)) return;
     action();
-    release(lanes);
+    release();
 }
 
 // ---- asynchronous work

@@ -288,8 +288,9 @@ void store_matrix(uint32_t to, uint32_t const* registers, bool transposed) {
         for (int lane = 0; lane < kWarp; ++lane) {
             uint32_t const address = brought<MatrixCall>(lane).to;
             block().shared.at(address, kChunk, kChunk, "stmatrix");
-            auto const& clock = self().clock;  // the warp's
-            Stamp const done = clock.now(warp_of(self()) * kWarp + lane);
+            int const thread = warp_of(self()) * kWarp + lane;
+            auto const& clock = block().fibers[size_t(thread)].clock;
+            Stamp const done = clock.now(thread);
             block().shared.write(address, matrices[lane / 8][lane % 8], kChunk, clock, done, "stmatrix");
         }
     });

@@ -63,6 +63,21 @@ void prepare(Fiber& fiber) {
 
 bool drawn(Timing timing) { return timing == Timing::drawn && machine.draw(4); }
 
+// Who runs: anyone, or one of a warp that is ahead of others until favour changes. The former mixes threads, the latter
+// lets a warp run as far as barriers let it.
+Fiber& next_of(std::vector<Fiber*>& ready) {
+    auto& favour = block().favour;
+    if (machine.draw(512)) std::shuffle(favour.begin(), favour.end(), machine.random);
+    size_t chosen = machine.random() % ready.size();
+    for (size_t i = 0; i < ready.size() && machine.by_favour; ++i) {
+        if (favour[size_t(warp_of(*ready[i]))] > favour[size_t(warp_of(*ready[chosen]))]) chosen = i;
+    }
+    std::swap(ready[chosen], ready.back());
+    Fiber& fiber = *ready.back();
+    ready.pop_back();
+    return fiber;
+}
+
 // Something asynchronous that may happen now, whoever waits for it.
 void drift() {
     if (drawn(machine.copies)) land_some_copy();
@@ -148,9 +163,7 @@ void run_block(std::function<void()> const& kernel) {
             if (land_some_copy()) continue;
             fail("deadlock%s", who_waits().c_str());
         }
-        std::swap(ready[machine.random() % ready.size()], ready.back());
-        Fiber& fiber = *ready.back();
-        ready.pop_back();
+        Fiber& fiber = next_of(ready);
         resume(fiber);
         machine.running = nullptr;
         unfinished -= fiber.state == Fiber::done;
@@ -158,9 +171,9 @@ void run_block(std::function<void()> const& kernel) {
     }
 }
 
-bool gather(char const* what, uint32_t lanes, void const* data) {
+bool gather(char const* what, uint32_t lanes, void const* data, bool tell) {
     Fiber& own = self();
-    own.call = {what, lanes, data};
+    own.call = {what, lanes, data, tell};
     if ((lanes >> lane_of(own) & 1) == 0) fail("%s: thread %d is not of its own mask", what, own.number);
     Fiber* const warp = &block().fibers[warp_of(own) * kWarp];
     for (int lane = 0; lane < kWarp; ++lane) {
@@ -178,24 +191,25 @@ bool gather(char const* what, uint32_t lanes, void const* data) {
             return false;
         }
     }
-    for (int lane = 0; lane < kWarp; ++lane) {
+    for (int lane = 0; lane < kWarp && tell; ++lane) {
         if (lanes >> lane & 1) own.clock.learn(warp[lane].clock);
     }
     return true;
 }
 
-void release(uint32_t lanes) {
-    Fiber* const warp = &block().fibers[warp_of(self()) * kWarp];
+void release() {
+    Fiber& own = self();
+    Fiber* const warp = &block().fibers[warp_of(own) * kWarp];
+    uint32_t const lanes = own.call.lanes;
     for (int lane = 0; lane < kWarp; ++lane) {
-        if ((lanes >> lane & 1) == 0) continue;
-        if (&warp[lane] != &self()) {
-            warp[lane].clock = self().clock;
-            wake(warp[lane]);
+        if ((lanes >> lane & 1) == 0 || &warp[lane] == &own) continue;
+        if (own.call.tell) {
+            warp[lane].clock = own.clock;
+            warp[lane].clock.step(warp[lane].number);
         }
+        wake(warp[lane]);
     }
-    for (int lane = 0; lane < kWarp; ++lane) {
-        if (lanes >> lane & 1) warp[lane].clock.step(warp[lane].number);
-    }
+    own.clock.step(own.number);
     if (machine.draw(2)) pause();
 }
 

@@ -106,6 +106,7 @@ void set_timings() {
     bool const extreme = machine.seed < 4;
     machine.copies = extreme ? kTimings[machine.seed][0] : Timing::drawn;
     machine.products = extreme ? kTimings[machine.seed][1] : Timing::drawn;
+    machine.by_favour = machine.seed % 2 == 1;
     machine.random.seed(machine.seed);
 }
 
@@ -132,6 +133,9 @@ Block::Block(Shape const& given)
     int const each = std::min(256, kRegisters / int(fibers.size()) / 8 * 8);
     for (auto& warp : warps) warp.registers = each;
     elected = int(machine.random() % kWarp);
+    favour.resize(warps.size());
+    std::iota(favour.begin(), favour.end(), 0);
+    std::shuffle(favour.begin(), favour.end(), machine.random);
 }
 
 int new_component(std::string const& source) {

@@ -31,6 +31,8 @@ int depth_of(Number number) { return 32 / width_of(number); }
 Group& group_of(Fiber const& fiber) { return block().groups[fiber.number / kGroup]; }
 Warp& own_warp() { return block().warps[warp_of(self())]; }
 
+Fiber& fiber_of(int lane) { return block().fibers[size_t(warp_of(self()) * kWarp + lane)]; }
+
 // ---- descriptors
 
 // Fields in units of 16 bytes, of what they tell in bytes.
@@ -243,7 +245,7 @@ void ask(ProductCall const& call) {
         product.sums->values.resize(size_t(kRows * call.columns));
         product.known = self().clock;
     }
-    product.known.keep(self().clock);
+    for (int lane = 0; lane < kWarp; ++lane) product.known.keep(fiber_of(lane).clock);
     check_same(call, product.call);
     if (held != nullptr && held->sums != product.sums) fail("multiply: warps of a warpgroup add to different sums");
     if (held == nullptr) {
@@ -299,7 +301,7 @@ void settle(int pending) {
         block_for({Waiting::issue, "wait_for_products"});
     }
     compute_until(group, end);
-    self().clock.learn({group.component, uint32_t(end)});
+    for (int lane = 0; lane < kWarp; ++lane) fiber_of(lane).clock.learn({group.component, uint32_t(end)});
     for (uint64_t n = group.first; n < end; ++n) finish(group.at(n));
     for (size_t i = warp.held.size(); i-- > 0;) {
         if (warp.held[i].last >= end) continue;
