@@ -173,11 +173,11 @@ class Scaled:
 def judge_codes(name: str, codes: Codes, call: Call, known: Statistics) -> None:
     """Tier C for codes, a few units in the last place for scales."""
     scaled = Scaled()(call, known)
-    for field in Codes._fields:
-        got, wanted = getattr(codes, field).cpu(), getattr(scaled, field)
+    for part in Codes._fields:
+        got, wanted = getattr(codes, part).cpu(), getattr(scaled, part)
         if got.dtype == E4M3:
             assert got.is_contiguous()
-            assert_same_codes(got, wanted, name=f"{field} of {name}")
+            assert_same_codes(got, wanted, name=f"{part} of {name}")
         else:
             torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0.0)
 
