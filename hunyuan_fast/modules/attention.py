@@ -2,10 +2,12 @@
 
 from torch import Tensor, nn
 
+from hunyuan_fast.ops.fp8_attention import fp8_attention
 from hunyuan_fast.ops.rope3d_attention import attention
 
-# How the joint attention of a transformer may compute: "same" is the dtype of its inputs.
-PRECISIONS = ("same",)
+# How the joint attention of a transformer may compute: "same" is the dtype of its inputs, "fp8"
+# takes both of its products over e4m3 codes, for inference.
+PRECISIONS = ("same", "fp8")
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,12 +47,14 @@ class JointAttention(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, out: Tensor | None = None
     ) -> Tensor:
+        if self.precision == "fp8":
+            return fp8_attention(q, k, v, kv_len=kv_len, out=out)
         return _dense(q, k, v, kv_len, out)
 
     def set(self, *, precision: str | None = None) -> None:
         """Change how it computes; what is ``None`` stays as it is.
 
-        precision: "same" as the inputs
+        precision: "same" as the inputs, or "fp8", which has no gradients
         """
         if precision is not None:
             self.precision = check_precision(precision)

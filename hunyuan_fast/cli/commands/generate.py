@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RECORDED_FLAGS = (
     *("model", "height", "width", "frames", "steps", "guidance", "true-cfg"),
-    *("shift", "seed", "negative", "dtype", "fps"),
+    *("shift", "seed", "negative", "dtype", "attention-precision", "fps"),
 )
 
 
@@ -66,6 +66,8 @@ class Options:
     """Frames per second of the file. Default: the model's."""
     dtype: OptionalText = None
     """float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 on a GPU."""
+    attention_precision: Annotated[str, arg(metavar="same|fp8")] = "same"
+    """same as dtype, or fp8: faster on GPUs with such products, and less exact."""
     device: OptionalText = None
     """cpu, cuda or cuda:N. Default: a GPU if there is one."""
     overwrite: bool = False
@@ -97,7 +99,12 @@ def run(argv: Sequence[str]) -> None:
         Stages(str(device), console(stderr=True)) as stages,
     ):
         with stages.stage("load"):
-            pipe = HunyuanVideoPipeline.from_pretrained(options.model, device=device, dtype=dtype)
+            pipe = HunyuanVideoPipeline.from_pretrained(
+                options.model,
+                device=device,
+                dtype=dtype,
+                attention_precision=options.attention_precision,
+            )
         videos = pipe(**_arguments(options), progress=stages)
         made_with = {"dtype": str(pipe.dtype).removeprefix("torch."), "device": str(device)}
         for index, path in enumerate(paths):
@@ -121,11 +128,12 @@ def _quieten_transformers() -> None:
 def _read(options: Options) -> "tuple[Request, float]":
     """The request with every default filled in, before a weight is read."""
     from hunyuan_fast.pipelines.folder import read_limits
-    from hunyuan_fast.pipelines.inputs import read_request
+    from hunyuan_fast.pipelines.inputs import read_attention_precision, read_request
 
     limits = read_limits(options.model)
     arguments = _arguments(options) | {"latents": None, "output_type": "uint8", "progress": None}
     try:
+        read_attention_precision(options.attention_precision)
         request = read_request(limits, arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(in_flags(str(error))) from error
@@ -164,6 +172,7 @@ def _metadata(options: Options, request: "Request", index: int, fps: float) -> d
         shift=request.shift,
         seed=request.seeds[index],
         negative=negative,
+        **{"attention-precision": options.attention_precision},
         fps=fps,
     )
 

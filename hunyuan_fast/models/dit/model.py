@@ -112,7 +112,7 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
     def set_attention(self, *, precision: str | None = None) -> None:
         """Choose how video and text attend to each other in all blocks; ``None`` changes nothing.
 
-        precision: "same" as the weights
+        precision: "same" as the weights, or "fp8": e4m3 codes in both products, inference only
         Raises ValueError for a choice that does not exist.
         """
         for block in (*self.double_blocks, *self.single_blocks):
