@@ -1,8 +1,10 @@
 """Self-attention as the blocks use it: packed projections or heads in, joined heads out."""
 
+import torch
 from torch import Tensor, nn
 
 from hunyuan_fast.ops.rope3d_attention import attention
+from hunyuan_fast.ops.sliding_tile_attention import SlidingTiles
 
 # How the joint attention of a transformer may compute: "same" is the dtype of its inputs.
 PRECISIONS = ("same",)
@@ -25,7 +27,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor) -> Tensor:
     kv_len: (B,), valid tokens of each sample
     returns: (B, L, N * D), zero in the rows from kv_len on
     """
-    return _dense(q, k, v, kv_len, None).flatten(2)
+    return _attended(q, k, v, kv_len).flatten(2)
 
 
 class JointAttention(nn.Module):
@@ -41,22 +43,51 @@ class JointAttention(nn.Module):
     """
 
     precision: str = "same"
+    pattern: SlidingTiles | None = None
+    windows: Tensor | None  # of the pattern, (N or 1, 3): a buffer, which moves with the model
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("windows", None, persistent=False)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        return _dense(q, k, v, kv_len, out)
+        pattern = self.pattern
+        if pattern is not None and self.windows is not None:
+            windows = self.windows.expand(q.shape[2], 3)
+            pattern = SlidingTiles(pattern.grid, pattern.tile, windows)
+        return _attended(q, k, v, kv_len, out, pattern)
 
-    def set(self, *, precision: str | None = None) -> None:
+    def set(
+        self, *, precision: str | None = None, pattern: SlidingTiles | str | None = None
+    ) -> None:
         """Change how it computes; what is ``None`` stays as it is.
 
         precision: "same" as the inputs
+        pattern: who sees whom; "dense": everybody. Its windows move with the module.
         """
         if precision is not None:
             self.precision = check_precision(precision)
+        if pattern is not None:
+            self._set_pattern(pattern)
+        if self.pattern is not None and self.precision != "same":
+            raise ValueError(
+                f"attention pattern must be 'dense' with precision {self.precision!r}, which has "
+                f"no other, got {self.pattern}"
+            )
+
+    def _set_pattern(self, pattern: SlidingTiles | str) -> None:
+        if isinstance(pattern, str):
+            if pattern != "dense":
+                raise ValueError(f"attention pattern must be 'dense' or tiles, got {pattern!r}")
+            self.pattern, self.windows = None, None
+            return
+        self.windows = torch.as_tensor(pattern.windows, dtype=torch.int32).view(-1, 3)
+        self.pattern = pattern
 
     def extra_repr(self) -> str:
-        return f"precision={self.precision!r}"
+        return f"precision={self.precision!r}, pattern={self.pattern or 'dense'}"
 
 
 def check_precision(precision: str) -> str:
@@ -67,7 +98,14 @@ def check_precision(precision: str) -> str:
     return precision
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, out: Tensor | None) -> Tensor:
-    attended = attention(q, k, v, kv_len=kv_len, out=out)
+def _attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor,
+    out: Tensor | None = None,
+    pattern: SlidingTiles | None = None,
+) -> Tensor:
+    attended = attention(q, k, v, kv_len=kv_len, out=out, pattern=pattern)
     assert isinstance(attended, Tensor), "the log-sum-exp was not asked for"
     return attended

@@ -40,8 +40,9 @@ class SlidingTiles:
         self, q: Tensor, k: Tensor, v: Tensor, **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         """:func:`sliding_tile_attention` of this pattern; options as there."""
-        sizes = {"grid": self.grid, "tile": self.tile}
-        return sliding_tile_attention(q, k, v, **sizes, windows=self.windows, **options)
+        return sliding_tile_attention(
+            q, k, v, grid=self.grid, tile=self.tile, windows=self.windows, **options
+        )
 
 
 def sliding_tile_attention(
