@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from hunyuan_fast.ops.fp8_attention import fp8_attention
 from hunyuan_fast.ops.rope3d_attention import attention
 from hunyuan_fast.ops.sliding_tile_attention import SlidingTiles
 
-# How the joint attention of a transformer may compute: "same" is the dtype of its inputs.
-PRECISIONS = ("same",)
+# How the joint attention of a transformer may compute: "same" is the dtype of its inputs, "fp8"
+# takes both of its products over e4m3 codes, for inference.
+PRECISIONS = ("same", "fp8")
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,6 +55,8 @@ class JointAttention(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, out: Tensor | None = None
     ) -> Tensor:
+        if self.precision == "fp8":
+            return fp8_attention(q, k, v, kv_len=kv_len, out=out)
         pattern = self.pattern
         if pattern is not None and self.windows is not None:
             windows = self.windows.expand(q.shape[2], 3)
@@ -64,27 +68,24 @@ class JointAttention(nn.Module):
     ) -> None:
         """Change how it computes; what is ``None`` stays as it is.
 
-        precision: "same" as the inputs
+        precision: "same" as the inputs, or "fp8", which has no gradients
         pattern: who sees whom; "dense": everybody. Its windows move with the module.
         """
-        if precision is not None:
-            self.precision = check_precision(precision)
-        if pattern is not None:
-            self._set_pattern(pattern)
-        if self.pattern is not None and self.precision != "same":
+        precision = self.precision if precision is None else check_precision(precision)
+        if isinstance(pattern, str) and pattern != "dense":
+            raise ValueError(f"attention pattern must be 'dense' or tiles, got {pattern!r}")
+        pattern = self.pattern if pattern is None else pattern
+        if isinstance(pattern, SlidingTiles) and precision != "same":
             raise ValueError(
-                f"attention pattern must be 'dense' with precision {self.precision!r}, which has "
-                f"no other, got {self.pattern}"
+                f"attention pattern must be 'dense' with precision {precision!r}, which has no "
+                f"other, got {pattern}"
             )
-
-    def _set_pattern(self, pattern: SlidingTiles | str) -> None:
-        if isinstance(pattern, str):
-            if pattern != "dense":
-                raise ValueError(f"attention pattern must be 'dense' or tiles, got {pattern!r}")
+        self.precision = precision
+        if not isinstance(pattern, SlidingTiles):
             self.pattern, self.windows = None, None
-            return
-        self.windows = torch.as_tensor(pattern.windows, dtype=torch.int32).view(-1, 3)
-        self.pattern = pattern
+        elif pattern is not self.pattern:
+            self.windows = torch.as_tensor(pattern.windows, dtype=torch.int32).view(-1, 3)
+            self.pattern = pattern
 
     def extra_repr(self) -> str:
         return f"precision={self.precision!r}, pattern={self.pattern or 'dense'}"

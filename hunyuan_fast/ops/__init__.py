@@ -1,6 +1,7 @@
 """The public functions over tensors: checked, differentiable, fit for ``torch.compile``."""
 
 from hunyuan_fast.ops.causal_conv3d import causal_conv3d, upsample_causal_conv3d
+from hunyuan_fast.ops.fp8_attention import fp8_attention
 from hunyuan_fast.ops.frame_causal_attention import frame_causal_attention
 from hunyuan_fast.ops.fused_modulation import (
     gate_residual,
@@ -25,6 +26,7 @@ __all__ = [
     "attention",
     "causal_conv3d",
     "concat_gelu_tanh",
+    "fp8_attention",
     "frame_causal_attention",
     "gate_residual",
     "gate_residual_layer_norm_modulate",

@@ -168,3 +168,21 @@ def test_fraction_of_the_flops():
     assert windows((1, 1, 1), (9, 9, 9)).fraction() == pytest.approx(
         (1 + (3 * 2 * (2 * 2 + 1)) / 18**2) / 2
     )
+
+
+def test_windows_and_fp8_exclude_each_other(generator):
+    """Neither way round, and what was refused changes nothing."""
+    model, inputs = tiny_model(generator), tiny_inputs(generator)
+    model.set_attention(windows=NARROW)
+    with torch.no_grad():
+        expected = model(**inputs)
+        with pytest.raises(ValueError, match="must be 'dense' with precision 'fp8'"):
+            model.set_attention(precision="fp8")
+        assert_equal(model(**inputs), expected)
+    model.set_attention(precision="fp8", windows="dense")
+    with pytest.raises(ValueError, match="must be 'dense' with precision 'fp8'"):
+        model.set_attention(windows=NARROW)
+    assert model.attention_grid is None
+    model.set_attention(precision="same", windows=NARROW)
+    with torch.no_grad():
+        assert_equal(model(**inputs), expected)

@@ -126,7 +126,7 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
     ) -> None:
         """Choose how video and text attend to each other in all blocks; ``None`` changes nothing.
 
-        precision: "same" as the weights
+        precision: "same" as the weights, or "fp8": e4m3 codes in both products, inference only
         windows: what every head of every block sees; the model then takes latents of their grid
             alone. "dense": everything
         Raises ValueError for a choice that does not exist, and for windows of another model.
@@ -135,15 +135,15 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         patterns: dict[str, SlidingTiles | Literal["dense"]] = {}
         if windows == "dense":
             patterns = dict.fromkeys(names, "dense")
-            self.attention_grid = None
         elif windows is not None:
             windows.check_blocks(names, self.config.heads_num)
             patterns = {**windows.patterns(next(self.parameters()).device)}
-            self.attention_grid = windows.grid
         for name in names:
             attention = self.get_submodule(f"{name}.attention")
             assert isinstance(attention, JointAttention)
             attention.set(precision=precision, pattern=patterns.get(name))
+        if windows is not None:
+            self.attention_grid = None if windows == "dense" else windows.grid
 
     def attention_blocks(self) -> tuple[str, ...]:
         """The names of all blocks with joint attention, in the order in which they are run."""
