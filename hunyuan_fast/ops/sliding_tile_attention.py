@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from hunyuan_fast.dispatch import select
-from hunyuan_fast.ops.operator import define, refuse_second_derivative
-from hunyuan_fast.ops.rope3d_attention import (
-    _check_kv_len,
-    _check_lengths,
-    _check_out,
-    _check_tensors,
+from hunyuan_fast.ops.attention_checks import (
+    check_kv_len,
+    check_lengths,
+    check_out,
+    check_tensors,
 )
+from hunyuan_fast.ops.operator import define, refuse_second_derivative
 
 _ROOM = "sliding_tile_attention"
 Sizes = tuple[int, int, int]
@@ -40,8 +40,9 @@ class SlidingTiles:
         self, q: Tensor, k: Tensor, v: Tensor, **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         """:func:`sliding_tile_attention` of this pattern; options as there."""
-        sizes = {"grid": self.grid, "tile": self.tile}
-        return sliding_tile_attention(q, k, v, **sizes, windows=self.windows, **options)
+        return sliding_tile_attention(
+            q, k, v, grid=self.grid, tile=self.tile, windows=self.windows, **options
+        )
 
 
 def sliding_tile_attention(
@@ -74,7 +75,7 @@ def sliding_tile_attention(
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit (windows and lengths on
     a GPU are not looked at: the host would have to wait).
     """
-    _check_tensors(q, k, v)
+    check_tensors(q, k, v)
     sizes = *_read_sizes("grid", grid), *_read_sizes("tile", tile)
     if sizes[0] * sizes[1] * sizes[2] > q.shape[1]:
         raise ValueError(
@@ -82,13 +83,13 @@ def sliding_tile_attention(
         )
     windows = _read_windows(windows, q)
     if kv_len is not None:
-        _check_kv_len(kv_len, q)
+        check_kv_len(kv_len, q)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if out is None:
         out, lse = _forward(q, k, v, windows, *sizes, kv_len, scale)
     else:
-        _check_out(out, q, k, v)
+        check_out(out, q, k, v)
         lse = _forward_out(q, k, v, windows, *sizes, kv_len, scale, out)
     return (out, lse) if return_lse else out
 
@@ -223,6 +224,6 @@ def _as_rows(windows: Any) -> list[list[int]]:
 
 def _check_values(q: Tensor, k: Tensor, v: Tensor, windows: Tensor, *rest: Any) -> None:
     """What only a kernel may look at, on a CPU."""
-    _check_lengths(rest[2], q.shape[1])
+    check_lengths(rest[2], q.shape[1])
     if windows.device.type == "cpu" and windows.numel() and int(windows.min()) < 1:
         raise ValueError(f"windows must be at least 1 tile along each axis, got {windows.tolist()}")

@@ -57,18 +57,18 @@ def forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L)."""
-    batch, length, num_heads, _ = q.shape
+    batch, length = q.shape[:2]
     out = q.new_empty(q.shape) if out is None else out
-    lse = q.new_empty((batch, num_heads, length), dtype=_accumulate(q.dtype))
+    lse = _sums_like(q)
     for items, valid in _prefixes(kv_len, batch, length):
         for heads, window in _shared(windows):
             query, key, value = (_part(x, items, heads, valid) for x in (q, k, v))
-            result = torch.empty_like(query)
-            sums = lse.new_empty(query.shape[:3])
+            result, sums = query.new_empty(query.shape), _sums_like(query)
             for own, seen in _calls(grid, tile, window, valid):
                 rows = (_take(query, own), _take(key, seen), _take(value, seen))
-                result[:, :, own], sums[:, :, own] = _flash(*rows, scale=scale)
-            out[items, :valid, heads] = result.transpose(1, 2)
+                found, sums[:, :, own] = _flash(*rows, scale=scale)
+                result.index_copy_(1, own, found.transpose(1, 2))
+            out[items, :valid, heads] = result
             lse[items, heads, :valid] = sums
         out[items, valid:] = 0
         lse[items, :, valid:] = -torch.inf
@@ -95,17 +95,18 @@ def backward(
             of_queries = [_part(x, items, heads, valid) for x in (dout, q, out)]
             of_keys = [_part(x, items, heads, valid) for x in (k, v)]
             log_sums = lse[items, heads, :valid]
-            dquery = torch.empty_like(of_queries[1])
-            sums = [torch.zeros_like(x, dtype=_accumulate(x.dtype)) for x in of_keys]
+            dquery = of_keys[0].new_empty(of_keys[0].shape)
+            sums = [x.new_zeros(x.shape, dtype=_accumulate(x.dtype)) for x in of_keys]
             for own, seen in _calls(grid, tile, window, valid):
                 douts, queries, outs = (_take(x, own) for x in of_queries)
                 keys, values = (_take(x, seen) for x in of_keys)
                 given = douts, queries, keys, values, outs, log_sums[:, :, own]
-                dquery[:, :, own], *shares = _flash_backward(*given, 0.0, False, scale=scale)
+                found, *shares = _flash_backward(*given, 0.0, False, scale=scale)
+                dquery.index_copy_(1, own, found.transpose(1, 2))
                 for total, share in zip(sums, shares, strict=True):
-                    total.index_add_(2, seen, share.to(total.dtype))
+                    total.index_add_(1, seen, share.transpose(1, 2).to(total.dtype))
             for gradient, part in zip((dq, dk, dv), (dquery, *sums), strict=True):
-                gradient[items, :valid, heads] = part.transpose(1, 2).to(gradient.dtype)
+                gradient[items, :valid, heads] = part.to(gradient.dtype)
     return dq, dk, dv
 
 
@@ -155,13 +156,19 @@ def _rows(raster: Tensor, box: Box, valid: int) -> Tensor:
 
 
 def _part(x: Tensor, items: slice, heads: slice | list[int], valid: int) -> Tensor:
-    """The valid tokens of some samples and heads of x (B, L, N, D), heads first."""
-    return x[items, :valid][:, :, heads].transpose(1, 2)
+    """The valid tokens of some samples and heads of x (B, L, N, D); all heads are a view."""
+    return x[items, :valid][:, :, heads]
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, N, L, D); x itself where they are all of its rows."""
-    return x if len(index) == x.shape[2] else x.index_select(2, index)
+    """Rows of x (B, L, N, D), heads first as the kernel wants them; no copy where they are all."""
+    rows = x if len(index) == x.shape[1] else x.index_select(1, index)
+    return rows.transpose(1, 2)
+
+
+def _sums_like(x: Tensor) -> Tensor:
+    """Room for the log-sum-exp of x (B, L, N, D): (B, N, L)."""
+    return x.new_empty((x.shape[0], x.shape[2], x.shape[1]), dtype=_accumulate(x.dtype))
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
