@@ -35,7 +35,7 @@ OPERANDS = ROOT / "tests/native/sm90_operands.cu"
 TENSOR_MAP = ROOT / "csrc/common/sm90_tensor_map.cu"
 TILES = (128, 176)  # of keys
 # Registers of a consumer: kConsumerRegisters in sm90_forward.cuh.
-MOST_REGISTERS = 232
+MOST_REGISTERS = 224
 
 # length, then lengths: tiles hold 128 queries, and 128 or 176 keys.
 CASES = {
@@ -79,12 +79,14 @@ class Emulator:
         out: Tensor,
         lse: Tensor,
         key_tile: int,
+        cluster: int,
         _: int,
     ) -> None:
         step = 0 if kv_len is None else kv_len.stride(0) * kv_len.element_size() // 4
         numbers = [*q.shape, key_tile, q.dtype == torch.float16, step]
         for x in (q, k, v, out):
             numbers += x.stride()[:3]
+        numbers.append(cluster)
         self._kernels.run(
             "attention_forward",
             *(q, k, v, kv_len, out, lse, float(scale), numbers),
@@ -292,8 +294,9 @@ def test_native_refusals():
     q = torch.zeros(2, 5, 3, 64, dtype=torch.bfloat16)
     lse = torch.zeros(2, 3, 5)
 
-    def call(q=q, scale=0.125, key_tile=128):
-        native.rope3d_attention_forward_hopper(q, q, q, None, scale, q, lse, key_tile, 0)
+    def call(q=q, scale=0.125, key_tile=128, cluster=1):
+        options = (scale, q, lse, key_tile, cluster, 0)
+        native.rope3d_attention_forward_hopper(q, q, q, None, *options)
 
     with pytest.raises(ValueError, match="q must be on a CUDA device"):
         call()
@@ -305,6 +308,8 @@ def test_native_refusals():
         call(scale=0.0)
     with pytest.raises(ValueError, match="key_tile must be 128 or 176, got 64"):
         call(key_tile=64)
+    with pytest.raises(ValueError, match="cluster must be 1 or 2, got 4"):
+        call(cluster=4)
 
 
 # ---- machine code
