@@ -223,7 +223,7 @@ void issue(Group& group, uint64_t number) {
         for (auto const* operand : {&product.a, &product.b})
             for (uint32_t const chunk : *operand) block().shared.begin_read(chunk, product.known, done, "multiply");
     }
-    if (machine.products == Timing::early) compute_until(group, number + 1);
+    if (machine.product_timing == Timing::early) compute_until(group, number + 1);
     wake_all(group.waiting);
 }
 
@@ -339,6 +339,7 @@ void wait_for_products(int pending) {
 }
 
 bool compute_some_product() {
+    InBlock const there(*machine.cluster[machine.random() % machine.cluster.size()]);
     auto& groups = block().groups;
     Group& group = groups[machine.random() % groups.size()];
     if (group.computed >= group.end() || group.at(group.computed).warps < 4) return false;
