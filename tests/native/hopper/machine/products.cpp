@@ -31,6 +31,8 @@ int depth_of(Number number) { return 32 / width_of(number); }
 Group& group_of(Fiber const& fiber) { return block().groups[fiber.number / kGroup]; }
 Warp& own_warp() { return block().warps[warp_of(self())]; }
 
+Fiber& fiber_of(int lane) { return block().fibers[size_t(warp_of(self()) * kWarp + lane)]; }
+
 // ---- descriptors
 
 // Fields in units of 16 bytes, of what they tell in bytes.
@@ -221,7 +223,7 @@ void issue(Group& group, uint64_t number) {
         for (auto const* operand : {&product.a, &product.b})
             for (uint32_t const chunk : *operand) block().shared.begin_read(chunk, product.known, done, "multiply");
     }
-    if (machine.products == Timing::early) compute_until(group, number + 1);
+    if (machine.product_timing == Timing::early) compute_until(group, number + 1);
     wake_all(group.waiting);
 }
 
@@ -243,7 +245,7 @@ void ask(ProductCall const& call) {
         product.sums->values.resize(size_t(kRows * call.columns));
         product.known = self().clock;
     }
-    product.known.keep(self().clock);
+    for (int lane = 0; lane < kWarp; ++lane) product.known.keep(fiber_of(lane).clock);
     check_same(call, product.call);
     if (held != nullptr && held->sums != product.sums) fail("multiply: warps of a warpgroup add to different sums");
     if (held == nullptr) {
@@ -299,7 +301,7 @@ void settle(int pending) {
         block_for({Waiting::issue, "wait_for_products"});
     }
     compute_until(group, end);
-    self().clock.learn({group.component, uint32_t(end)});
+    for (int lane = 0; lane < kWarp; ++lane) fiber_of(lane).clock.learn({group.component, uint32_t(end)});
     for (uint64_t n = group.first; n < end; ++n) finish(group.at(n));
     for (size_t i = warp.held.size(); i-- > 0;) {
         if (warp.held[i].last >= end) continue;
@@ -337,6 +339,7 @@ void wait_for_products(int pending) {
 }
 
 bool compute_some_product() {
+    InBlock const there(*machine.cluster[machine.random() % machine.cluster.size()]);
     auto& groups = block().groups;
     Group& group = groups[machine.random() % groups.size()];
     if (group.computed >= group.end() || group.at(group.computed).warps < 4) return false;
