@@ -110,7 +110,6 @@ __device__ void fetch_tail(uint32_t to, T const* rows, int64_t stride, int valid
 template <class S>
 __device__ void fetch_tile(uint32_t to, sm90::TensorMap const& map, int first, Item const& item, int rank,
                            uint32_t barrier) {
-    sm90::fence_async_proxy();  // where this goes may have held a tail
     sm90::arrive_expecting(barrier, S::kTileBytes);
 #pragma unroll
     for (int block = 0; block < S::kBlocks; ++block) {
