@@ -121,6 +121,7 @@ __device__ void attend(HopperParams const& p, Shared<S> const& shared, int consu
         sm90::wait_for_products<1>();  // the scores
         sm90::settle(scores);
         shared.release(shared.keys_empty(keys.stage), lane);
+        __syncwarp();  // or the assembler puts the arrival off until all exponentials are there
         keys.advance();
         online.take(scores, scale, correction);
         sm90::compute_now(online.total[0] + online.total[1]);  // while the values' product is under way
