@@ -14,8 +14,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, unsigned
 }
 
 template <class... Parameters, class... Arguments>
-void launch_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, unsigned threads, unsigned shared_bytes,
-                     void*, Arguments const&... arguments) {
+void launch_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, unsigned threads,
+                     unsigned shared_bytes, void*, Arguments const&... arguments) {
     hopper::launch({grid, {threads, 1, 1}, shared_bytes, cluster}, [&] { kernel(arguments...); });
 }
 

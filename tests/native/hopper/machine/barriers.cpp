@@ -29,7 +29,9 @@ uint64_t exchange(uint32_t lanes, uint64_t value, int from_lane) {
         for (int lane = 0; lane < kWarp; ++lane) {
             if ((lanes >> lane & 1) == 0) continue;
             auto const& each = brought<Exchange>(lane);
-            if ((lanes >> each.from & 1) == 0) fail("__shfl_sync: lane %d asks lane %d, which is not here", lane, each.from);
+            if ((lanes >> each.from & 1) == 0) {
+                fail("__shfl_sync: lane %d asks lane %d, which is not here", lane, each.from);
+            }
             *each.result = brought<Exchange>(each.from).value;
         }
     });
