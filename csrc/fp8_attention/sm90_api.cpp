@@ -76,7 +76,8 @@ void attend(TensorView const& q, TensorView const& q_scale, TensorView const& k,
     p.codes.k_scale = floats(k_scale, "k_scale", p.Lp / kKeys);
     p.codes.v_scale = floats(v_scale, "v_scale", kFeatures);
     p.codes.v_mean = floats(v_mean, "v_mean", kFeatures);
-    auto const run = out.dtype == DType::bf16 ? run_hopper_bf16 : out.dtype == DType::f16 ? run_hopper_f16 : run_hopper_f32;
+    auto const half = out.dtype == DType::bf16 ? run_hopper_bf16 : run_hopper_f16;
+    auto const run = out.dtype == DType::f32 ? run_hopper_f32 : half;
     run(p, reinterpret_cast<void*>(stream));
 }
 
