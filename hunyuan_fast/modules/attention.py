@@ -1,9 +1,11 @@
 """Self-attention as the blocks use it: packed projections or heads in, joined heads out."""
 
+import torch
 from torch import Tensor, nn
 
 from hunyuan_fast.ops.fp8_attention import fp8_attention
 from hunyuan_fast.ops.rope3d_attention import attention
+from hunyuan_fast.ops.sliding_tile_attention import SlidingTiles
 
 # How the joint attention of a transformer may compute: "same" is the dtype of its inputs, "fp8"
 # takes both of its products over e4m3 codes, for inference.
@@ -27,7 +29,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor) -> Tensor:
     kv_len: (B,), valid tokens of each sample
     returns: (B, L, N * D), zero in the rows from kv_len on
     """
-    return _dense(q, k, v, kv_len, None).flatten(2)
+    return _attended(q, k, v, kv_len).flatten(2)
 
 
 class JointAttention(nn.Module):
@@ -43,24 +45,50 @@ class JointAttention(nn.Module):
     """
 
     precision: str = "same"
+    pattern: SlidingTiles | None = None
+    windows: Tensor | None  # of the pattern, (N or 1, 3): a buffer, which moves with the model
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("windows", None, persistent=False)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, out: Tensor | None = None
     ) -> Tensor:
         if self.precision == "fp8":
             return fp8_attention(q, k, v, kv_len=kv_len, out=out)
-        return _dense(q, k, v, kv_len, out)
+        pattern = self.pattern
+        if pattern is not None and self.windows is not None:
+            windows = self.windows.expand(q.shape[2], 3)
+            pattern = SlidingTiles(pattern.grid, pattern.tile, windows)
+        return _attended(q, k, v, kv_len, out, pattern)
 
-    def set(self, *, precision: str | None = None) -> None:
+    def set(
+        self, *, precision: str | None = None, pattern: SlidingTiles | str | None = None
+    ) -> None:
         """Change how it computes; what is ``None`` stays as it is.
 
         precision: "same" as the inputs, or "fp8", which has no gradients
+        pattern: who sees whom; "dense": everybody. Its windows move with the module.
         """
-        if precision is not None:
-            self.precision = check_precision(precision)
+        precision = self.precision if precision is None else check_precision(precision)
+        if isinstance(pattern, str) and pattern != "dense":
+            raise ValueError(f"attention pattern must be 'dense' or tiles, got {pattern!r}")
+        pattern = self.pattern if pattern is None else pattern
+        if isinstance(pattern, SlidingTiles) and precision != "same":
+            raise ValueError(
+                f"attention pattern must be 'dense' with precision {precision!r}, which has no "
+                f"other, got {pattern}"
+            )
+        self.precision = precision
+        if not isinstance(pattern, SlidingTiles):
+            self.pattern, self.windows = None, None
+        elif pattern is not self.pattern:
+            self.windows = torch.as_tensor(pattern.windows, dtype=torch.int32).view(-1, 3)
+            self.pattern = pattern
 
     def extra_repr(self) -> str:
-        return f"precision={self.precision!r}"
+        return f"precision={self.precision!r}, pattern={self.pattern or 'dense'}"
 
 
 def check_precision(precision: str) -> str:
@@ -71,7 +99,14 @@ def check_precision(precision: str) -> str:
     return precision
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, out: Tensor | None) -> Tensor:
-    attended = attention(q, k, v, kv_len=kv_len, out=out)
+def _attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor,
+    out: Tensor | None = None,
+    pattern: SlidingTiles | None = None,
+) -> Tensor:
+    attended = attention(q, k, v, kv_len=kv_len, out=out, pattern=pattern)
     assert isinstance(attended, Tensor), "the log-sum-exp was not asked for"
     return attended

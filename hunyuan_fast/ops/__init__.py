@@ -18,8 +18,10 @@ from hunyuan_fast.ops.group_norm_silu import (
 from hunyuan_fast.ops.group_norm_silu_conv3d import group_norm_silu_conv3d
 from hunyuan_fast.ops.qk_norm_rope import qk_norm_rope
 from hunyuan_fast.ops.rope3d_attention import apply_rope3d, attention, rope3d_attention
+from hunyuan_fast.ops.sliding_tile_attention import SlidingTiles, sliding_tile_attention
 
 __all__ = [
+    "SlidingTiles",
     "apply_rope3d",
     "attention",
     "causal_conv3d",
@@ -37,5 +39,6 @@ __all__ = [
     "merge_group_norm_stats",
     "qk_norm_rope",
     "rope3d_attention",
+    "sliding_tile_attention",
     "upsample_causal_conv3d",
 ]

@@ -3,7 +3,7 @@
 Formula and contract: ``hunyuan_fast.kernels.rope3d_attention``.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from hunyuan_fast.ops.attention_checks import (
 )
 from hunyuan_fast.ops.operator import define, refuse_second_derivative
 
+if TYPE_CHECKING:
+    from hunyuan_fast.ops.sliding_tile_attention import SlidingTiles
+
 _ROOM = "rope3d_attention"
 
 
@@ -30,6 +33,7 @@ def attention(
     scale: float | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
+    pattern: "SlidingTiles | None" = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Non-causal attention of every sample over its own valid prefix.
 
@@ -42,11 +46,15 @@ def attention(
         no memory with q, k or v; inference only.
     return_lse: also return the natural log-sum-exp of the scaled scores, (B, N, L) fp32 (fp64 for
         fp64 inputs), -inf past ``kv_len``. It carries no gradient.
+    pattern: who sees whom among the valid tokens, ``SlidingTiles(...)``; ``None``: everybody.
 
     Returns (B, L, N, D), or that and the log-sum-exp.
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and ValueError for
     lengths outside [0, L] (lengths on a GPU are not looked at: the host would have to wait).
     """
+    if pattern is not None:
+        options: dict[str, Any] = {"kv_len": kv_len, "scale": scale, "out": out}
+        return pattern.attend(q, k, v, **options, return_lse=return_lse)
     check_tensors(q, k, v)
     if kv_len is not None:
         check_kv_len(kv_len, q)

@@ -14,21 +14,24 @@ from hunyuan_fast.cli.parsing import (
     Int,
     OptionalFile,
     OptionalFloat,
+    OptionalInput,
     OptionalInt,
     OptionalText,
     parse,
 )
 from hunyuan_fast.cli.placement import in_flags, read_place
 from hunyuan_fast.cli.record import record
+from hunyuan_fast.cli.windows import read_windows, token_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hunyuan_fast.models.dit.windows import AttentionWindows
     from hunyuan_fast.pipelines.inputs import Request
 
 RECORDED_FLAGS = (
     *("model", "height", "width", "frames", "steps", "guidance", "true-cfg"),
-    *("shift", "seed", "negative", "dtype", "attention-precision", "fps"),
+    *("shift", "seed", "negative", "dtype", "attention-precision", "fps", "attention-windows"),
 )
 
 
@@ -64,6 +67,8 @@ class Options:
     """Number of videos; several become out_0.mp4, out_1.mp4, ..."""
     fps: OptionalFloat = None
     """Frames per second of the file. Default: the model's."""
+    attention_windows: OptionalInput = None
+    """Windows that calibrate-attention wrote for this model and size: sparse attention."""
     dtype: OptionalText = None
     """float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 on a GPU."""
     attention_precision: Annotated[str, arg(metavar="same|fp8")] = "same"
@@ -89,7 +94,7 @@ def run(argv: Sequence[str]) -> None:
 
     _quieten_transformers()
     device, dtype = read_place(options.device, options.dtype)
-    request, fps = _read(options)
+    request, fps, windows = _read(options)
     suffix = ".mp4" if request.num_frames > 1 else ".png"
     paths = output_paths(options.out, len(request.prompts), suffix, stem="hunyuan")
     # H.264 at this quality stays below 1.5 bytes per pixel, PNG below 3, even for pure noise.
@@ -105,6 +110,7 @@ def run(argv: Sequence[str]) -> None:
                 dtype=dtype,
                 attention_precision=options.attention_precision,
             )
+            pipe.transformer.set_attention(windows=windows)
         videos = pipe(**_arguments(options), progress=stages)
         made_with = {"dtype": str(pipe.dtype).removeprefix("torch."), "device": str(device)}
         for index, path in enumerate(paths):
@@ -125,8 +131,8 @@ def _quieten_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def _read(options: Options) -> "tuple[Request, float]":
-    """The request with every default filled in, before a weight is read."""
+def _read(options: Options) -> "tuple[Request, float, AttentionWindows | None]":
+    """The request with every default filled in, and the windows, before a weight is read."""
     from hunyuan_fast.pipelines.folder import read_limits
     from hunyuan_fast.pipelines.inputs import read_attention_precision, read_request
 
@@ -137,7 +143,11 @@ def _read(options: Options) -> "tuple[Request, float]":
         request = read_request(limits, arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(in_flags(str(error))) from error
-    return request, float(options.fps or limits.defaults.fps)
+    windows = None
+    if options.attention_windows is not None:
+        grid = token_grid(limits, request)
+        windows = read_windows(options.attention_windows, options.model, grid)
+    return request, float(options.fps or limits.defaults.fps), windows
 
 
 def _arguments(options: Options) -> dict[str, Any]:
@@ -174,6 +184,7 @@ def _metadata(options: Options, request: "Request", index: int, fps: float) -> d
         negative=negative,
         **{"attention-precision": options.attention_precision},
         fps=fps,
+        **{"attention-windows": options.attention_windows and str(options.attention_windows)},
     )
 
 
