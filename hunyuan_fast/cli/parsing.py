@@ -46,6 +46,7 @@ _SILENT = tyro.conf.arg(help_behavior_hint="")
 OptionalInt = Annotated[int | None, _optional(int, "INT", "a whole number"), _SILENT]
 OptionalFloat = Annotated[float | None, _optional(_finite, "FLOAT", "a finite number"), _SILENT]
 OptionalText = Annotated[str | None, _optional(str, "TEXT", "a text"), _SILENT]
+OptionalInput = Annotated[Path | None, _optional(Path, "FILE", "a file name"), _SILENT]
 OptionalFile = Annotated[
     Path | None,
     _optional(Path, "FILE", "a file name"),

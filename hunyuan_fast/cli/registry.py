@@ -11,13 +11,14 @@ from hunyuan_fast.cli import commands
 
 
 def command_names() -> tuple[str, ...]:
-    """The names of all commands, in alphabetical order."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(commands.__path__)))
+    """The names of all commands, in alphabetical order; what is _ in a module's is - in theirs."""
+    modules = pkgutil.iter_modules(commands.__path__)
+    return tuple(sorted(module.name.replace("_", "-") for module in modules))
 
 
 def summary(name: str) -> str:
     """The first line of a command's docstring, read without running its module."""
-    spec = importlib.util.find_spec(f"{commands.__name__}.{name}")
+    spec = importlib.util.find_spec(_module(name))
     assert spec is not None and spec.origin is not None
     doc = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
     assert doc, f"the command {name} has no docstring"
@@ -26,7 +27,9 @@ def summary(name: str) -> str:
 
 def load(name: str) -> Callable[[Sequence[str]], None]:
     """The function ``run(argv)`` of a command."""
-    run: Callable[[Sequence[str]], None] = importlib.import_module(
-        f"{commands.__name__}.{name}"
-    ).run
+    run: Callable[[Sequence[str]], None] = importlib.import_module(_module(name)).run
     return run
+
+
+def _module(name: str) -> str:
+    return f"{commands.__name__}.{name.replace('-', '_')}"

@@ -1,8 +1,15 @@
 """Self-attention as the blocks use it: packed projections or heads in, joined heads out."""
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from hunyuan_fast.ops.fp8_attention import fp8_attention
 from hunyuan_fast.ops.rope3d_attention import attention
+from hunyuan_fast.ops.sliding_tile_attention import SlidingTiles
+
+# How the joint attention of a transformer may compute: "same" is the dtype of its inputs, "fp8"
+# takes both of its products over e4m3 codes, for inference.
+PRECISIONS = ("same", "fp8")
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,6 +29,84 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor) -> Tensor:
     kv_len: (B,), valid tokens of each sample
     returns: (B, L, N * D), zero in the rows from kv_len on
     """
-    joined = attention(q, k, v, kv_len=kv_len)
-    assert isinstance(joined, Tensor), "the log-sum-exp was not asked for"
-    return joined.flatten(2)
+    return _attended(q, k, v, kv_len).flatten(2)
+
+
+class JointAttention(nn.Module):
+    """The attention of a transformer block over video and text, computed as the model was told.
+
+    It has no parameters and leaves no trace in a state dict. ``set`` says how it computes;
+    ``HunyuanVideoTransformer.set_attention`` does so for all blocks.
+
+    q, k, v: (B, L, N, D), video tokens before text tokens
+    kv_len: (B,), valid tokens of each sample
+    out: (B, L, N, D) to write into, of any strides; inference only
+    returns: (B, L, N, D), zero in the rows from kv_len on
+    """
+
+    precision: str = "same"
+    pattern: SlidingTiles | None = None
+    windows: Tensor | None  # of the pattern, (N or 1, 3): a buffer, which moves with the model
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("windows", None, persistent=False)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        if self.precision == "fp8":
+            return fp8_attention(q, k, v, kv_len=kv_len, out=out)
+        pattern = self.pattern
+        if pattern is not None and self.windows is not None:
+            windows = self.windows.expand(q.shape[2], 3)
+            pattern = SlidingTiles(pattern.grid, pattern.tile, windows)
+        return _attended(q, k, v, kv_len, out, pattern)
+
+    def set(
+        self, *, precision: str | None = None, pattern: SlidingTiles | str | None = None
+    ) -> None:
+        """Change how it computes; what is ``None`` stays as it is.
+
+        precision: "same" as the inputs, or "fp8", which has no gradients
+        pattern: who sees whom; "dense": everybody. Its windows move with the module.
+        """
+        precision = self.precision if precision is None else check_precision(precision)
+        if isinstance(pattern, str) and pattern != "dense":
+            raise ValueError(f"attention pattern must be 'dense' or tiles, got {pattern!r}")
+        pattern = self.pattern if pattern is None else pattern
+        if isinstance(pattern, SlidingTiles) and precision != "same":
+            raise ValueError(
+                f"attention pattern must be 'dense' with precision {precision!r}, which has no "
+                f"other, got {pattern}"
+            )
+        self.precision = precision
+        if not isinstance(pattern, SlidingTiles):
+            self.pattern, self.windows = None, None
+        elif pattern is not self.pattern:
+            self.windows = torch.as_tensor(pattern.windows, dtype=torch.int32).view(-1, 3)
+            self.pattern = pattern
+
+    def extra_repr(self) -> str:
+        return f"precision={self.precision!r}, pattern={self.pattern or 'dense'}"
+
+
+def check_precision(precision: str) -> str:
+    """The precision, if joint attention has it; else a ValueError that names the choices."""
+    if precision not in PRECISIONS:
+        choices = " or ".join(repr(name) for name in PRECISIONS)
+        raise ValueError(f"attention precision must be {choices}, got {precision!r}")
+    return precision
+
+
+def _attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor,
+    out: Tensor | None = None,
+    pattern: SlidingTiles | None = None,
+) -> Tensor:
+    attended = attention(q, k, v, kv_len=kv_len, out=out, pattern=pattern)
+    assert isinstance(attended, Tensor), "the log-sum-exp was not asked for"
+    return attended

@@ -1,6 +1,7 @@
 """The public functions over tensors: checked, differentiable, fit for ``torch.compile``."""
 
 from hunyuan_fast.ops.causal_conv3d import causal_conv3d, upsample_causal_conv3d
+from hunyuan_fast.ops.fp8_attention import fp8_attention
 from hunyuan_fast.ops.frame_causal_attention import frame_causal_attention
 from hunyuan_fast.ops.fused_modulation import (
     gate_residual,
@@ -17,12 +18,15 @@ from hunyuan_fast.ops.group_norm_silu import (
 from hunyuan_fast.ops.group_norm_silu_conv3d import group_norm_silu_conv3d
 from hunyuan_fast.ops.qk_norm_rope import qk_norm_rope
 from hunyuan_fast.ops.rope3d_attention import apply_rope3d, attention, rope3d_attention
+from hunyuan_fast.ops.sliding_tile_attention import SlidingTiles, sliding_tile_attention
 
 __all__ = [
+    "SlidingTiles",
     "apply_rope3d",
     "attention",
     "causal_conv3d",
     "concat_gelu_tanh",
+    "fp8_attention",
     "frame_causal_attention",
     "gate_residual",
     "gate_residual_layer_norm_modulate",
@@ -35,5 +39,6 @@ __all__ = [
     "merge_group_norm_stats",
     "qk_norm_rope",
     "rope3d_attention",
+    "sliding_tile_attention",
     "upsample_causal_conv3d",
 ]

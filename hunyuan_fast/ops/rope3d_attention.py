@@ -3,14 +3,23 @@
 Formula and contract: ``hunyuan_fast.kernels.rope3d_attention``.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hunyuan_fast.dispatch import select
 from hunyuan_fast.kernels.rope3d_attention import reference
+from hunyuan_fast.ops.attention_checks import (
+    check_kv_len,
+    check_lengths,
+    check_out,
+    check_tensors,
+)
 from hunyuan_fast.ops.operator import define, refuse_second_derivative
+
+if TYPE_CHECKING:
+    from hunyuan_fast.ops.sliding_tile_attention import SlidingTiles
 
 _ROOM = "rope3d_attention"
 
@@ -24,6 +33,7 @@ def attention(
     scale: float | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
+    pattern: "SlidingTiles | None" = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Non-causal attention of every sample over its own valid prefix.
 
@@ -36,20 +46,24 @@ def attention(
         no memory with q, k or v; inference only.
     return_lse: also return the natural log-sum-exp of the scaled scores, (B, N, L) fp32 (fp64 for
         fp64 inputs), -inf past ``kv_len``. It carries no gradient.
+    pattern: who sees whom among the valid tokens, ``SlidingTiles(...)``; ``None``: everybody.
 
     Returns (B, L, N, D), or that and the log-sum-exp.
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and ValueError for
     lengths outside [0, L] (lengths on a GPU are not looked at: the host would have to wait).
     """
-    _check_tensors(q, k, v)
+    if pattern is not None:
+        options: dict[str, Any] = {"kv_len": kv_len, "scale": scale, "out": out}
+        return pattern.attend(q, k, v, **options, return_lse=return_lse)
+    check_tensors(q, k, v)
     if kv_len is not None:
-        _check_kv_len(kv_len, q)
+        check_kv_len(kv_len, q)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if out is None:
         out, lse = _forward(q, k, v, kv_len, scale)
     else:
-        _check_out(out, q, k, v)
+        check_out(out, q, k, v)
         lse = _forward_out(q, k, v, kv_len, scale, out)
     return (out, lse) if return_lse else out
 
@@ -95,7 +109,7 @@ def rope3d_attention(
 def _forward_kernel(
     q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    _check_lengths(kv_len, q.shape[1])
+    check_lengths(kv_len, q.shape[1])
     return select(_ROOM, q, k, v, kv_len, scale).forward(q, k, v, kv_len, scale)
 
 
@@ -120,7 +134,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None
 def _out_kernel(
     q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor
 ) -> Tensor:
-    _check_lengths(kv_len, q.shape[1])
+    check_lengths(kv_len, q.shape[1])
     _, lse = select(_ROOM, q, k, v, kv_len, scale, out).forward(q, k, v, kv_len, scale, out)
     return lse
 
@@ -164,55 +178,6 @@ _backward = define(
     _fake_backward,
     gradients=refuse_second_derivative("attention"),
 )
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 4:
-        raise ValueError(f"q must be (B, L, N, D), got shape {tuple(q.shape)}")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape != q.shape:
-            raise ValueError(
-                f"{name} must have the shape of q, {tuple(q.shape)}, got {tuple(x.shape)}"
-            )
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}; cast it")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-    if not q.is_floating_point():
-        raise TypeError(f"q must hold floating-point numbers, got {q.dtype}")
-    if q.shape[-1] == 0:
-        raise ValueError(f"the head dimension D must be at least 1, got shape {tuple(q.shape)}")
-
-
-def _check_kv_len(kv_len: Tensor, q: Tensor) -> None:
-    if kv_len.shape != q.shape[:1]:
-        raise ValueError(f"kv_len must be (B,) = ({q.shape[0]},), got shape {tuple(kv_len.shape)}")
-    if kv_len.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"kv_len must be int32 or int64, got {kv_len.dtype}")
-    if kv_len.device != q.device:
-        raise ValueError(f"kv_len must be on the device of q, {q.device}, got {kv_len.device}")
-
-
-def _check_lengths(kv_len: Tensor | None, length: int) -> None:
-    if kv_len is None or kv_len.device.type != "cpu":
-        return
-    lengths = kv_len.tolist()
-    if not all(0 <= n <= length for n in lengths):
-        raise ValueError(f"kv_len must lie in [0, L] = [0, {length}], got {lengths}")
-
-
-def _check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-    if out.shape != q.shape:
-        raise ValueError(f"out must have the shape of q, {tuple(q.shape)}, got {tuple(out.shape)}")
-    if out.dtype != q.dtype:
-        raise TypeError(f"out must have the dtype of q, {q.dtype}, got {out.dtype}")
-    if out.device != q.device:
-        raise ValueError(f"out must be on the device of q, {q.device}, got {out.device}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, out)):
-        raise ValueError(
-            "out is for inference: autograd cannot follow a write into it; "
-            "leave it out, or use torch.no_grad()"
-        )
 
 
 def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -6,11 +6,17 @@ import torch
 from benchmarks import shapes
 from benchmarks.bench_fused_modulation import _case as modulation_case
 from benchmarks.bench_rope3d_attention import _work as attention_work
-from benchmarks.kit.case import FORWARD, PASSES, TRAINING, outputs
+from benchmarks.kit.case import EVERY_PASS, FORWARD, TRAINING, outputs
 from benchmarks.kit.discover import WHOLES, load, ops
 from hunyuan_fast import dispatch
 
 CPU = torch.device("cpu")
+
+
+def inference_only(op: str) -> bool:
+    return op in dispatch.ops() and hasattr(
+        dispatch.implementations(op)["reference"], "INFERENCE_ONLY"
+    )
 
 
 def test_every_op_has_a_benchmark_and_every_other_benchmark_is_named_a_whole():
@@ -29,9 +35,10 @@ def test_cases_are_told_apart_and_name_their_work(op, quick):
     cases = load(op).cases(CPU, quick=quick)
     keys = [(c.function, c.name, c.dtype) for c in cases]
     assert cases and len(set(keys)) == len(keys)
-    assert op == "vae" or any(TRAINING in case.work for case in cases)
+    trained = any(TRAINING in case.work for case in cases)
+    assert trained or op == "vae" or inference_only(op)
     for case in cases:
-        assert FORWARD in case.work and set(case.work) <= set(PASSES)
+        assert FORWARD in case.work and set(case.work) <= set(EVERY_PASS)
         assert case.work[FORWARD].num_bytes > 0
         if TRAINING in case.work:  # else its calls are those of inference
             assert case.work[FORWARD].num_bytes < case.work[TRAINING].num_bytes
@@ -47,7 +54,7 @@ def test_a_quick_case_draws_what_the_op_takes(op):
         again = case.inputs(torch.Generator().manual_seed(0))
         assert all(torch.equal(a, b) for a, b in zip(inputs, again, strict=True))
         assert all(x.dtype == case.dtype for x in inputs)
-        assert any(x.requires_grad for x in inputs)
+        assert any(x.requires_grad for x in inputs) != inference_only(op)
         assert list(inputs[0].shape) == list(case.shape.values())
         assert None in dispatch.explain(op, *case.arguments(*inputs)).values()
         with torch.no_grad():

@@ -40,7 +40,7 @@ class Specialisation:
     constants: the constexpr arguments; a string such as "tl.bfloat16" names a Triton type.
     unaligned: arguments that are not multiples of 16; by default all pointers and integers are.
     maxnreg: a limit on registers per thread, where the launch sets one.
-    arch: compute capability without the point (80, 90, 100).
+    arch: compute capability without the point (80, 89, 90, 100).
     """
 
     module: str
@@ -199,7 +199,7 @@ def _read(specialisation: Specialisation, ptx: str, cubin: bytes, metadata: obje
     for modifiers in re.findall(r"\b(?:LDG|STG)\.([A-Z0-9.]+)", code):
         bits = next((int(w) for w in re.findall(r"\b[US]?(8|16|64|128|256)\b", modifiers)), 32)
         accesses[bits] = accesses.get(bits, 0) + 1
-    matrix = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA")
+    matrix = ("HMMA", "QMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA")
     return Resources(
         kernel=specialisation.kernel,
         arch=specialisation.arch,

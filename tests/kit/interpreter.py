@@ -134,9 +134,7 @@ def _repair_arithmetic() -> None:
     dot = _Builder.create_dot
 
     def repaired_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = _widen(a), _widen(b)
-        return dot(self, a, b, d, *rest)
+        return dot(self, _widen(a), _widen(b), d, *rest)
 
     _Builder.create_dot = repaired_dot
 

@@ -5,6 +5,7 @@ import torch
 
 from hunyuan_fast.models import HunyuanVideoTransformer
 from hunyuan_fast.models.dit.checkpoint import rules
+from hunyuan_fast.modules.attention import JointAttention
 from tests.models.dit_cases import diffusers_twin, run_twin, tiny_inputs, tiny_model, to_native
 
 SIZES = {"video": (3, 4, 6), "image": (1, 6, 4), "one_patch": (1, 2, 2)}
@@ -231,6 +232,32 @@ def test_autocast_matches_full_precision_coarsely(generator):
             velocity = model(**inputs)
     error = (velocity.float() - expected).square().mean().sqrt()
     assert error < 0.05 * expected.square().mean().sqrt()
+
+
+def test_all_blocks_attend_as_the_model_was_told(generator):
+    model = tiny_model(generator)
+    joint = [module for module in model.modules() if isinstance(module, JointAttention)]
+    assert len(joint) == len(model.double_blocks) + len(model.single_blocks)
+    with pytest.raises(ValueError, match="attention precision"):
+        model.set_attention(precision="int3")
+    model.set_attention(precision="fp8")
+    model.set_attention()
+    assert {module.precision for module in joint} == {"fp8"}
+    model.set_attention(precision="same")
+    assert {module.precision for module in joint} == {"same"}
+
+
+def test_fp8_attention_is_close_and_not_for_training(generator):
+    model = tiny_model(generator)
+    inputs = tiny_inputs(generator)
+    with torch.no_grad():
+        exact = model(**inputs)
+        model.set_attention(precision="fp8")
+        velocity = model(**inputs)
+    error = (velocity - exact).norm() / exact.norm()
+    assert 0 < error < 0.05
+    with pytest.raises(ValueError, match="fp8 attention is for inference"):
+        model(**inputs)
 
 
 @pytest.mark.gpu

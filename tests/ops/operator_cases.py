@@ -43,6 +43,11 @@ def _frames(q, k, v):
     return ops.frame_causal_attention(q, k, v, tokens_per_frame=1)
 
 
+def _tiles(q, k, v):
+    options = {"grid": (1, 2, 2), "tile": (1, 1, 1), "windows": [(1, 1, 1), (1, 2, 1)]}
+    return ops.sliding_tile_attention(q, k, v, **options, return_lse=True)
+
+
 def _indexed(x, y, gate, shift, scale):
     index = INDEX.to(x.device)
     return ops.gate_residual_layer_norm_modulate(x, y, gate, shift, scale, index=index)
@@ -82,6 +87,7 @@ CASES: dict[str, tuple[Callable[..., Tensor | Results], tuple[tuple[int, ...], .
     "attention": (ops.attention, (HEADED,) * 3, "attention"),
     "attention prefixes": (_prefixes, (HEADED,) * 3, "attention"),
     "frame_causal_attention": (_frames, (HEADED,) * 3, "frame_causal_attention"),
+    "sliding_tile_attention": (_tiles, (HEADED,) * 3, "sliding_tile_attention"),
 }
 each_case = pytest.mark.parametrize("case", CASES)
 

@@ -14,21 +14,24 @@ from hunyuan_fast.cli.parsing import (
     Int,
     OptionalFile,
     OptionalFloat,
+    OptionalInput,
     OptionalInt,
     OptionalText,
     parse,
 )
 from hunyuan_fast.cli.placement import in_flags, read_place
 from hunyuan_fast.cli.record import record
+from hunyuan_fast.cli.windows import read_windows, token_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hunyuan_fast.models.dit.windows import AttentionWindows
     from hunyuan_fast.pipelines.inputs import Request
 
 RECORDED_FLAGS = (
     *("model", "height", "width", "frames", "steps", "guidance", "true-cfg"),
-    *("shift", "seed", "negative", "dtype", "fps"),
+    *("shift", "seed", "negative", "dtype", "attention-precision", "fps", "attention-windows"),
 )
 
 
@@ -64,8 +67,12 @@ class Options:
     """Number of videos; several become out_0.mp4, out_1.mp4, ..."""
     fps: OptionalFloat = None
     """Frames per second of the file. Default: the model's."""
+    attention_windows: OptionalInput = None
+    """Windows that calibrate-attention wrote for this model and size: sparse attention."""
     dtype: OptionalText = None
     """float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 on a GPU."""
+    attention_precision: Annotated[str, arg(metavar="same|fp8")] = "same"
+    """same as dtype, or fp8: faster on GPUs with such products, and less exact."""
     device: OptionalText = None
     """cpu, cuda or cuda:N. Default: a GPU if there is one."""
     overwrite: bool = False
@@ -87,7 +94,7 @@ def run(argv: Sequence[str]) -> None:
 
     _quieten_transformers()
     device, dtype = read_place(options.device, options.dtype)
-    request, fps = _read(options)
+    request, fps, windows = _read(options)
     suffix = ".mp4" if request.num_frames > 1 else ".png"
     paths = output_paths(options.out, len(request.prompts), suffix, stem="hunyuan")
     # H.264 at this quality stays below 1.5 bytes per pixel, PNG below 3, even for pure noise.
@@ -97,7 +104,13 @@ def run(argv: Sequence[str]) -> None:
         Stages(str(device), console(stderr=True)) as stages,
     ):
         with stages.stage("load"):
-            pipe = HunyuanVideoPipeline.from_pretrained(options.model, device=device, dtype=dtype)
+            pipe = HunyuanVideoPipeline.from_pretrained(
+                options.model,
+                device=device,
+                dtype=dtype,
+                attention_precision=options.attention_precision,
+            )
+            pipe.transformer.set_attention(windows=windows)
         videos = pipe(**_arguments(options), progress=stages)
         made_with = {"dtype": str(pipe.dtype).removeprefix("torch."), "device": str(device)}
         for index, path in enumerate(paths):
@@ -118,18 +131,23 @@ def _quieten_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def _read(options: Options) -> "tuple[Request, float]":
-    """The request with every default filled in, before a weight is read."""
+def _read(options: Options) -> "tuple[Request, float, AttentionWindows | None]":
+    """The request with every default filled in, and the windows, before a weight is read."""
     from hunyuan_fast.pipelines.folder import read_limits
-    from hunyuan_fast.pipelines.inputs import read_request
+    from hunyuan_fast.pipelines.inputs import read_attention_precision, read_request
 
     limits = read_limits(options.model)
     arguments = _arguments(options) | {"latents": None, "output_type": "uint8", "progress": None}
     try:
+        read_attention_precision(options.attention_precision)
         request = read_request(limits, arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(in_flags(str(error))) from error
-    return request, float(options.fps or limits.defaults.fps)
+    windows = None
+    if options.attention_windows is not None:
+        grid = token_grid(limits, request)
+        windows = read_windows(options.attention_windows, options.model, grid)
+    return request, float(options.fps or limits.defaults.fps), windows
 
 
 def _arguments(options: Options) -> dict[str, Any]:
@@ -164,7 +182,9 @@ def _metadata(options: Options, request: "Request", index: int, fps: float) -> d
         shift=request.shift,
         seed=request.seeds[index],
         negative=negative,
+        **{"attention-precision": options.attention_precision},
         fps=fps,
+        **{"attention-windows": options.attention_windows and str(options.attention_windows)},
     )
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from hunyuan_fast.modules.attention import attend
+from hunyuan_fast.modules.attention import JointAttention
 from hunyuan_fast.modules.mlp import MLP, gelu
 from hunyuan_fast.modules.modulation import Modulation
 from hunyuan_fast.modules.norm import RMSNorm
@@ -15,7 +15,6 @@ from hunyuan_fast.ops.fused_modulation import (
 )
 from hunyuan_fast.ops.gelu_tanh import concat_gelu_tanh, gelu_tanh
 from hunyuan_fast.ops.qk_norm_rope import qk_norm_rope
-from hunyuan_fast.ops.rope3d_attention import attention
 
 STREAMS = ("img", "txt")
 
@@ -36,6 +35,7 @@ class DoubleStreamBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_width: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.attention = JointAttention()
         for stream in STREAMS:
             layers = {
                 "mod": Modulation(dim, 6),
@@ -72,7 +72,7 @@ class DoubleStreamBlock(nn.Module):
             text_q_weight=text_norms[0],
             text_k_weight=text_norms[1],
         )
-        attended = attend(q, k, v, kv_len)
+        attended = self.attention(q, k, v, kv_len).flatten(2)
 
         # each stream goes on alone
         img = self._finish("img", img, attended[:, :num_video], *vectors["img"][2:])
@@ -119,6 +119,7 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_width: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.attention = JointAttention()
         self.widths = [3 * dim, mlp_width]
         self.linear1 = nn.Linear(dim, sum(self.widths))
         self.linear2 = nn.Linear(dim + mlp_width, dim)
@@ -138,11 +139,11 @@ class SingleStreamBlock(nn.Module):
     def _join(self, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, hidden: Tensor) -> Tensor:
         """What attention gives, and beside it the activated features: (B, L, E + mlp_width)."""
         if torch.is_grad_enabled():
-            return concat_gelu_tanh(attend(q, k, v, kv_len), hidden)
+            return concat_gelu_tanh(self.attention(q, k, v, kv_len).flatten(2), hidden)
         # without gradients both write to their place, and nothing is copied
         dim = self.widths[0] // 3
         joined = q.new_empty(*q.shape[:2], dim + self.widths[1])
-        attention(q, k, v, kv_len=kv_len, out=joined[..., :dim].unflatten(-1, (self.num_heads, -1)))
+        self.attention(q, k, v, kv_len, joined[..., :dim].unflatten(-1, (self.num_heads, -1)))
         gelu_tanh(hidden, out=joined[..., dim:])
         return joined
 

@@ -1,7 +1,7 @@
 """The HunyuanVideo diffusion transformer."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,13 @@ from hunyuan_fast.models.dit.blocks import DoubleStreamBlock, FinalLayer, Single
 from hunyuan_fast.models.dit.config import TransformerConfig
 from hunyuan_fast.models.dit.inputs import check_inputs, pack_text
 from hunyuan_fast.models.dit.refiner import TokenRefiner
+from hunyuan_fast.models.dit.windows import AttentionWindows
 from hunyuan_fast.models.weights import Pretrained
+from hunyuan_fast.modules.attention import JointAttention
 from hunyuan_fast.modules.embedding import PatchEmbedding, TimestepEmbedder, unpatchify
 from hunyuan_fast.modules.mlp import EmbeddingMLP
 from hunyuan_fast.modules.rotary import rotary_tables
+from hunyuan_fast.ops.sliding_tile_attention import SlidingTiles
 
 
 class HunyuanVideoTransformer(Pretrained, nn.Module):
@@ -32,6 +35,7 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         super().__init__()
         config = self.config = TransformerConfig(**kwargs)
         self.gradient_checkpointing = False
+        self.attention_grid: tuple[int, int, int] | None = None
         dim, sizes = config.hidden_size, (config.hidden_size, config.heads_num, config.mlp_width)
 
         self.img_in = PatchEmbedding(config.patch_size, config.in_channels, dim)
@@ -76,6 +80,11 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         t, h, w = (
             size // patch for size, patch in zip(latents.shape[2:], config.patch_size, strict=True)
         )
+        if self.attention_grid not in (None, (t, h, w)):
+            raise ValueError(
+                f"latents must have the grid {self.attention_grid} of the attention windows, got "
+                f"{(t, h, w)}; rescale the windows, or set_attention(windows='dense')"
+            )
         rotary = rotary_tables((t, h, w), config.rope_dim_list, config.rope_theta, latents.device)
 
         text_states, text_len = pack_text(text_states, text_mask)
@@ -108,6 +117,41 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Keep only the inputs of each block for the backward pass and compute the rest again."""
         self.gradient_checkpointing = enabled
+
+    def set_attention(
+        self,
+        *,
+        precision: str | None = None,
+        windows: AttentionWindows | Literal["dense"] | None = None,
+    ) -> None:
+        """Choose how video and text attend to each other in all blocks; ``None`` changes nothing.
+
+        precision: "same" as the weights, or "fp8": e4m3 codes in both products, inference only
+        windows: what every head of every block sees; the model then takes latents of their grid
+            alone. "dense": everything
+        Raises ValueError for a choice that does not exist, and for windows of another model.
+        """
+        names = self.attention_blocks()
+        patterns: dict[str, SlidingTiles | Literal["dense"]] = {}
+        if windows == "dense":
+            patterns = dict.fromkeys(names, "dense")
+        elif windows is not None:
+            windows.check_blocks(names, self.config.heads_num)
+            patterns = {**windows.patterns(next(self.parameters()).device)}
+        for name in names:
+            attention = self.get_submodule(f"{name}.attention")
+            assert isinstance(attention, JointAttention)
+            attention.set(precision=precision, pattern=patterns.get(name))
+        if windows is not None:
+            self.attention_grid = None if windows == "dense" else windows.grid
+
+    def attention_blocks(self) -> tuple[str, ...]:
+        """The names of all blocks with joint attention, in the order in which they are run."""
+        depths = {
+            "double_blocks": len(self.double_blocks),
+            "single_blocks": len(self.single_blocks),
+        }
+        return tuple(f"{name}.{i}" for name, depth in depths.items() for i in range(depth))
 
     @torch.no_grad()
     def init_weights(self) -> None:
