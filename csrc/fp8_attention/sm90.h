@@ -21,6 +21,7 @@ struct HopperParams {
     int L = 0;
     int N = 0;
     int Lp = 0;
+    int cluster = 1;  // how many thread blocks share the tiles of keys and values that they fetch: 1 or 2
     Codes codes;
     // The first lengths[b * step] tokens of sample b take part, clamped to [0, L]; null: all of them. Of 64-bit
     // lengths the low halves.

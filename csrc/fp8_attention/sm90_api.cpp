@@ -62,8 +62,10 @@ void set_out(HopperParams& p, TensorView const& out) {
 
 void attend(TensorView const& q, TensorView const& q_scale, TensorView const& k, TensorView const& k_scale,
             TensorView const& v, TensorView const& v_scale, TensorView const& v_mean, TensorView const& kv_len,
-            TensorView const& out, uintptr_t stream) {
+            TensorView const& out, int cluster, uintptr_t stream) {
     HopperParams p;
+    HUNYUAN_CHECK(cluster == 1 || cluster == 2, "cluster must be 1 or 2, got ", cluster);
+    p.cluster = cluster;
     set_out(p, out);
     set_lengths(p, kv_len, out);
     auto const floats = [&](TensorView const& t, char const* name, int64_t count) {

@@ -15,9 +15,11 @@ struct Maps {
 #ifdef HUNYUAN_SM90A
 
 // Addresses in shared memory. A full barrier tells consumers that something is there, an empty one the producer that
-// it is read.
+// it is read, in all blocks of the cluster.
+template <int Cluster>
 struct Shared {
     uint32_t base;
+    int rank;  // of the block in its cluster
 
     __device__ uint32_t queries(int consumer) const { return base + consumer * kQueryBytes; }
     __device__ uint32_t keys(int stage) const { return base + kKeysAt + stage * kTileBytes; }
@@ -39,12 +41,31 @@ struct Shared {
         for (int stage = 0; stage < kStages; ++stage) {
             sm90::init_barrier(keys_full(stage), 1);
             sm90::init_barrier(values_full(stage), 1);
-            sm90::init_barrier(keys_empty(stage), kConsumerWarps);
-            sm90::init_barrier(values_empty(stage), kConsumerWarps);
+            sm90::init_barrier(keys_empty(stage), Cluster * kConsumerWarps);
+            sm90::init_barrier(values_empty(stage), Cluster * kConsumerWarps);
         }
         sm90::fence_async_proxy();  // bulk copies arrive there too
     }
+
+    // By all lanes of a warp that has read a stage.
+    __device__ void release(uint32_t empty, int lane) const {
+        if constexpr (Cluster == 1) {
+            if (lane == 0) sm90::arrive(empty);
+        } else {
+            if (lane < Cluster) sm90::arrive_remote(empty, lane);
+        }
+    }
 };
+
+// All blocks that see each other's barriers, or copy to each other's memory.
+template <int Cluster>
+__device__ void sync_blocks() {
+    if constexpr (Cluster == 1) {
+        __syncthreads();
+    } else {
+        sm90::sync_cluster();
+    }
+}
 
 // How far the copies and their readers are, from item to item. Keys and values take turns in rings of one length.
 struct Progress {
@@ -59,32 +80,48 @@ __device__ inline int valid_tokens(HopperParams const& p, int b) {
     return length < 0 ? 0 : length < p.L ? length : p.L;
 }
 
-__device__ inline void fetch_queries(Shared const& shared, Maps const& maps, Item const& item, uint32_t parity) {
+template <int Cluster>
+__device__ void fetch_queries(Shared<Cluster> const& shared, Maps const& maps, Item const& item, uint32_t parity) {
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
         sm90::wait(shared.queries_empty(consumer), parity ^ 1);
         sm90::arrive_expecting(shared.queries_full(consumer), kQueryBytes);
-        sm90::copy_tensor(shared.queries(consumer), maps.q, 0, item.first_row + consumer * sm90::kBlockRows, item.n,
+        sm90::copy_tensor(shared.queries(consumer), maps.q, 0, first_query(item, shared.rank, consumer), item.n,
                           item.b, shared.queries_full(consumer));
     }
 }
 
+// A tile, of which each block of the cluster fetches its rows for all. `column` and `row` are those of its beginning.
+template <int Cluster>
+__device__ void fetch_tile(uint32_t to, sm90::TensorMap const& map, int column, int row, Item const& item, int rank,
+                           uint32_t full) {
+    constexpr int kRows = kKeys / Cluster;
+    uint32_t const part = to + rank * kRows * sm90::kRowBytes;
+    sm90::arrive_expecting(full, kTileBytes);
+    if constexpr (Cluster == 1) {
+        sm90::copy_tensor(part, map, column, row, item.n, item.b, full);
+    } else {
+        constexpr uint16_t kAll = (1 << Cluster) - 1;
+        sm90::copy_tensor_to_cluster(part, map, column, row + rank * kRows, item.n, item.b, full, kAll);
+    }
+}
+
 // Everything that an item reads, by one thread. Codes have whole tiles: what is past the valid tokens is zeros.
-__device__ inline void fetch_item(Maps const& maps, Shared const& shared, Item const& item, int valid,
-                                  Progress& progress) {
+template <int Cluster>
+__device__ void fetch_item(Maps const& maps, Shared<Cluster> const& shared, Item const& item, int valid,
+                           Progress& progress) {
     int const tiles = ceil_div(valid, kKeys);
     sm90::Ring<kStages>&keys = progress.keys, &values = progress.values;
 #pragma unroll 1
     for (int step = 0; step < tiles; ++step, keys.advance(), values.advance()) {
         int const first = tile_of(step, tiles) * kKeys;
         sm90::wait(shared.keys_empty(keys.stage), keys.phase ^ 1);
-        sm90::arrive_expecting(shared.keys_full(keys.stage), kTileBytes);
-        sm90::copy_tensor(shared.keys(keys.stage), maps.k, 0, first, item.n, item.b, shared.keys_full(keys.stage));
+        fetch_tile<Cluster>(shared.keys(keys.stage), maps.k, 0, first, item, shared.rank,
+                            shared.keys_full(keys.stage));
         // after the first keys, whose stage is free before the queries of the item before are
         if (step == 0) fetch_queries(shared, maps, item, progress.items & 1);
         sm90::wait(shared.values_empty(values.stage), values.phase ^ 1);
-        sm90::arrive_expecting(shared.values_full(values.stage), kTileBytes);
-        sm90::copy_tensor(shared.values(values.stage), maps.v, first, 0, item.n, item.b,
-                          shared.values_full(values.stage));
+        fetch_tile<Cluster>(shared.values(values.stage), maps.v, first, 0, item, shared.rank,
+                            shared.values_full(values.stage));
     }
     ++progress.items;
 }

@@ -1,7 +1,8 @@
 // The Hopper kernel over codes: one thread fetches, two consumer warpgroups multiply and exponentiate. A consumer
 // begins the product of its next scores together with that of its last probabilities, and exponentiates the former
 // while the latter is under way. Consumers take turns: while one of them exponentiates, the other one's products have
-// the tensor cores. Blocks stay and take item after item.
+// the tensor cores. Blocks stay and take item after item. Where two of them share a cluster, they take neighbouring
+// rows of a head.
 //
 // The tensor cores keep some 14 bits of sums of eight-bit products. So each tile's product begins at zero, and is added
 // to those of the tiles before in fp32: one multiplication and addition, as rescaling these would have needed anyway.
@@ -17,8 +18,8 @@
 namespace hunyuan_fast::fp8_attention {
 
 // Registers of a thread after the roles part: 3 x 128 x 168 in all before.
-constexpr int kProducerRegisters = 24;
-constexpr int kConsumerRegisters = 240;
+constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 232;
 
 #ifdef HUNYUAN_SM90A
 
@@ -131,13 +132,14 @@ __device__ inline void add(float (&sums)[kSums], float const (&correction)[2], f
 }
 
 // Sums, not yet divided by the totals, of one consumer's rows of an item.
-__device__ inline void attend(HopperParams const& p, Shared const& shared, Item const& item, int consumer, int valid,
-                              float (&sums)[kSums], Online& online, Progress& progress) {
+template <int Cluster>
+__device__ void attend(HopperParams const& p, Shared<Cluster> const& shared, Item const& item, int consumer, int valid,
+                       float (&sums)[kSums], Online& online, Progress& progress) {
     int const thread = threadIdx.x % sm90::kWarpgroup, lane = thread % 32;
     int const tiles = ceil_div(valid, kKeys), in_last = valid - (tiles - 1) * kKeys;
     int64_t const head = head_of(p, item);
-    float const q_scale =
-        p.codes.q_scale[head * (p.Lp / sm90::kBlockRows) + item.first_row / sm90::kBlockRows + consumer];
+    int const blocks = p.Lp / sm90::kBlockRows, block = first_query(item, shared.rank, consumer) / sm90::kBlockRows;
+    float const q_scale = p.codes.q_scale[head * blocks + (block < blocks ? block : blocks - 1)];
     float const* const k_scale = p.codes.k_scale + head * (p.Lp / kKeys);
     uint32_t const queries = shared.queries(consumer);
     sm90::Ring<kStages>&keys = progress.keys, &values = progress.values;
@@ -152,7 +154,7 @@ __device__ inline void attend(HopperParams const& p, Shared const& shared, Item 
     multiply_keys(scores, queries, shared.keys(keys.stage));
     sm90::wait_for_products<0>();
     sm90::settle(scores);
-    if (lane == 0) sm90::arrive(shared.keys_empty(keys.stage));
+    shared.release(shared.keys_empty(keys.stage), lane);
     keys.advance();
     if (in_last < kKeys) mask_columns(scores, thread, in_last);
     online.take(scores, scale, correction);
@@ -170,13 +172,13 @@ __device__ inline void attend(HopperParams const& p, Shared const& shared, Item 
         pass_turn(consumer);
         sm90::wait_for_products<1>();  // the scores
         sm90::settle(scores);
-        if (lane == 0) sm90::arrive(shared.keys_empty(keys.stage));
+        shared.release(shared.keys_empty(keys.stage), lane);
         keys.advance();
         online.take(scores, scale, next_correction);
         sm90::compute_now(online.total[0] + online.total[1]);  // while the values' product is under way
         sm90::wait_for_products<0>();
         sm90::settle(part);
-        if (lane == 0) sm90::arrive(shared.values_empty(values.stage));
+        shared.release(shared.values_empty(values.stage), lane);
         values.advance();
         add(sums, correction, part);
         correction[0] = next_correction[0], correction[1] = next_correction[1];
@@ -190,7 +192,7 @@ __device__ inline void attend(HopperParams const& p, Shared const& shared, Item 
     multiply_values(part, probabilities, shared.values(values.stage));
     sm90::wait_for_products<0>();
     sm90::settle(part);
-    if (lane == 0) sm90::arrive(shared.values_empty(values.stage));
+    shared.release(shared.values_empty(values.stage), lane);
     values.advance();
     add(sums, correction, part);
 }
@@ -204,15 +206,16 @@ __device__ void write_pair(T* to, float low, float high) {
     }
 }
 
-// One consumer's rows of an item go out: divided, scaled, about the mean of the values; zeros past the valid ones.
+// One consumer's rows of an item, from `first_row` on, go out: divided, scaled, about the mean of the values; past the
+// valid ones zeros.
 template <class T>
-__device__ void send_rows(HopperParams const& p, Item const& item, int consumer, int valid,
+__device__ void send_rows(HopperParams const& p, Item const& item, int first_row, int valid,
                           float const (&sums)[kSums], Online const& online) {
     int const thread = threadIdx.x % sm90::kWarpgroup;
     int64_t const features = head_of(p, item) * kFeatures;
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-        int const row = item.first_row + consumer * sm90::kBlockRows + sm90::accumulator_row(thread, 2 * which);
+        int const row = first_row + sm90::accumulator_row(thread, 2 * which);
         float const total = sum_of_four(online.total[which]);
         if (row >= p.L) continue;
         T* const out = static_cast<T*>(p.out) + item.b * p.stride_b + row * p.stride_l + item.n * p.stride_n;
@@ -231,29 +234,30 @@ __device__ void send_rows(HopperParams const& p, Item const& item, int consumer,
     }
 }
 
-template <class T>
-__device__ void consume(HopperParams const& p, Shared const& shared, int consumer, uint32_t items) {
+template <class T, int Cluster>
+__device__ void consume(HopperParams const& p, Shared<Cluster> const& shared, int consumer, uint32_t items) {
     Progress progress;
     if (consumer == 1) pass_turn(consumer);
-    for (uint32_t index = blockIdx.x; index < items; index += gridDim.x) {
-        Item const item = item_of(p, index);
+    for (uint32_t index = blockIdx.x / Cluster; index < items; index += gridDim.x / Cluster) {
+        Item const item = item_of(p, index, Cluster);
         int const valid = valid_tokens(p, item.b);
         float sums[kSums] = {};
         Online online;
         if (item.first_row < valid) attend(p, shared, item, consumer, valid, sums, online, progress);
-        send_rows<T>(p, item, consumer, valid, sums, online);
+        send_rows<T>(p, item, first_query(item, shared.rank, consumer), valid, sums, online);
     }
     if (consumer == 0) begin_turn(consumer);  // the last one is passed to nobody else
 }
 
-__device__ inline void produce(HopperParams const& p, Maps const& maps, Shared const& shared, uint32_t items) {
+template <int Cluster>
+__device__ void produce(HopperParams const& p, Maps const& maps, Shared<Cluster> const& shared, uint32_t items) {
     Progress progress;
-    for (uint32_t index = blockIdx.x; index < items; index += gridDim.x) {
-        Item const item = item_of(p, index);
+    for (uint32_t index = blockIdx.x / Cluster; index < items; index += gridDim.x / Cluster) {
+        Item const item = item_of(p, index, Cluster);
         int const valid = valid_tokens(p, item.b);
         if (item.first_row < valid) fetch_item(maps, shared, item, valid, progress);
     }
-    // stays until all that it has begun is there and read
+    // stays until all that it has begun is there and read, in all blocks
     for (int stage = 0; stage < kStages; ++stage, progress.values.advance()) {
         sm90::wait(shared.values_empty(progress.values.stage), progress.values.phase ^ 1);
     }
@@ -261,14 +265,15 @@ __device__ inline void produce(HopperParams const& p, Maps const& maps, Shared c
 
 #endif  // HUNYUAN_SM90A
 
-template <class T>
+template <class T, int Cluster>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(__grid_constant__ HopperParams const p, __grid_constant__ Maps const maps, uint32_t items) {
 #ifdef HUNYUAN_SM90A
     uint32_t const start = sm90::shared_address(sm90::dynamic_shared());
-    Shared const shared{(start + sm90::kAtomBytes - 1) / sm90::kAtomBytes * sm90::kAtomBytes};
+    Shared<Cluster> const shared{(start + sm90::kAtomBytes - 1) / sm90::kAtomBytes * sm90::kAtomBytes,
+                                 int(blockIdx.x % Cluster)};
     if (threadIdx.x == 0) shared.init_barriers();
-    __syncthreads();
+    sync_blocks<Cluster>();
     int const role = __shfl_sync(~0u, int(threadIdx.x) / sm90::kWarpgroup, 0);
     if (role == 0) {
         sm90::give_registers<kProducerRegisters>();
@@ -277,6 +282,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         sm90::take_registers<kConsumerRegisters>();
         consume<T>(p, shared, role - 1, items);
     }
+    if constexpr (Cluster > 1) sm90::sync_cluster();  // whoever leaves first is still arrived at
 #else
     __trap();
 #endif
@@ -297,14 +303,25 @@ inline sm90::TensorMap map_of(HopperParams const& p, void const* codes, int64_t 
     return sm90::make_tensor_map(box);
 }
 
+template <class T, int Cluster>
+void run_cluster(HopperParams const& p, void* stream) {
+    Maps const maps{map_of(p, p.codes.q, p.Lp, kFeatures, sm90::kBlockRows),
+                    map_of(p, p.codes.k, p.Lp, kFeatures, kKeys / Cluster),
+                    map_of(p, p.codes.v, kFeatures, p.Lp, kFeatures / Cluster)};
+    auto const items = uint32_t(items_of(p));
+    unsigned const most = unsigned(sm90::processors()) / Cluster;
+    unsigned const blocks = (items < most ? items : most) * Cluster;
+    auto const kernel = forward_kernel<T, Cluster>;
+    if constexpr (Cluster == 1) {
+        sm90::launch(kernel, blocks, kThreads, kAllocated, stream, p, maps, items);
+    } else {
+        sm90::launch_clusters(kernel, Cluster, blocks, kThreads, kAllocated, stream, p, maps, items);
+    }
+}
+
 template <class T>
 void run_hopper(HopperParams const& p, void* stream) {
-    Maps const maps{map_of(p, p.codes.q, p.Lp, kFeatures, sm90::kBlockRows),
-                    map_of(p, p.codes.k, p.Lp, kFeatures, kKeys), map_of(p, p.codes.v, kFeatures, p.Lp, kFeatures)};
-    auto const items = uint32_t(items_of(p));
-    auto const processors = unsigned(sm90::processors());
-    sm90::launch(forward_kernel<T>, items < processors ? items : processors, kThreads, kAllocated, stream, p, maps,
-                 items);
+    p.cluster == 2 ? run_cluster<T, 2>(p, stream) : run_cluster<T, 1>(p, stream);
 }
 
 }  // namespace hunyuan_fast::fp8_attention

@@ -2,7 +2,8 @@
 //
 // A thread block takes 128 query rows of one head, 64 for each of two consumer warpgroups, and goes through the keys in
 // tiles of 128. Warpgroup 0 fetches. A row of an operand tile is 128 codes: the features of a token, or, of values, the
-// tokens of a feature. So both products are of K-major operands, as those of eight bits must be.
+// tokens of a feature. So both products are of K-major operands, as those of eight bits must be. In a cluster of two
+// blocks, neighbours in rows, each fetches half of every tile for both.
 #pragma once
 
 #include "common/sm90_layout.h"
@@ -33,21 +34,28 @@ static_assert(kAllocated <= sm90::kSharedBytes);
 
 HUNYUAN_HOST_DEVICE constexpr int ceil_div(int n, int by) { return n / by + (n % by != 0); }
 
-// 128 query rows of one head. All rows of a head before the next: the thread blocks go through its keys and values
-// together, so that the second-level cache has what one of them fetched for the others.
+// 128 query rows of one head for each block of a cluster. All rows of a head before the next: the thread blocks go
+// through its keys and values together, so that the second-level cache has what one of them fetched for the others.
 struct Item {
     int b = 0;
     int n = 0;
     int first_row = 0;
 };
 
+HUNYUAN_HOST_DEVICE constexpr int items_of_head(int L, int cluster) { return ceil_div(L, cluster * kQueryRows); }
+
 HUNYUAN_HOST_DEVICE constexpr int64_t items_of(HopperParams const& p) {
-    return int64_t(p.B) * p.N * ceil_div(p.L, kQueryRows);
+    return int64_t(p.B) * p.N * items_of_head(p.L, p.cluster);
 }
 
-HUNYUAN_HOST_DEVICE constexpr Item item_of(HopperParams const& p, uint32_t index) {
-    uint32_t const per_head = uint32_t(ceil_div(p.L, kQueryRows)), head = index / per_head;
-    return {int(head / uint32_t(p.N)), int(head % uint32_t(p.N)), int(index % per_head) * kQueryRows};
+HUNYUAN_HOST_DEVICE constexpr Item item_of(HopperParams const& p, uint32_t index, int cluster) {
+    uint32_t const per_head = uint32_t(items_of_head(p.L, cluster)), head = index / per_head;
+    return {int(head / uint32_t(p.N)), int(head % uint32_t(p.N)), int(index % per_head) * cluster * kQueryRows};
+}
+
+// Past the end of the codes where the last item of a head has a block too many.
+HUNYUAN_HOST_DEVICE constexpr int first_query(Item const& item, int rank, int consumer) {
+    return item.first_row + rank * kQueryRows + consumer * sm90::kBlockRows;
 }
 
 HUNYUAN_HOST_DEVICE constexpr int64_t head_of(HopperParams const& p, Item const& item) {

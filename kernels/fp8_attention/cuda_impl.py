@@ -19,6 +19,9 @@ from hunyuan_fast.kernels.fp8_attention.reference import CODE, Codes, Statistics
 VERIFIED_ON: frozenset[str] = frozenset()
 _HEAD_DIM = 128  # kFeatures in csrc/fp8_attention/sm90_layout.h
 _QUERY_TILE = 128  # kQueryRows there
+# Two thread blocks may share what they fetch of the keys and values. They take neighbouring tiles
+# of queries: where their number is odd, one block has nothing to do at the end of every head.
+_FEW_TILES = 32
 _MOST_TILES = 2**31 - 2**10  # of queries: they are counted in 31 bits
 
 
@@ -66,14 +69,27 @@ def quantize(
     return codes
 
 
-def attend(codes: Codes, kv_len: Tensor | None, out: Tensor) -> Tensor:
-    """Attention over codes, written into ``out`` (B, L, N, D), which it returns."""
+def attend(
+    codes: Codes, kv_len: Tensor | None, out: Tensor, *, cluster: int | None = None
+) -> Tensor:
+    """Attention over codes, written into ``out`` (B, L, N, D), which it returns.
+
+    cluster: thread blocks that share what they fetch, 1 or 2; None: by the shape.
+    """
+    if cluster is None:
+        cluster = _blocks_of_cluster(out)
     tensors = [x.view(torch.uint8) if x.dtype == CODE else x for x in codes]
     result = out if _is_aligned(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     with torch.cuda.device(out.device):
         stream = torch.cuda.current_stream(out.device).cuda_stream
-        _C.fp8_attention_hopper(*tensors, kv_len, result, stream)
+        _C.fp8_attention_hopper(*tensors, kv_len, result, cluster, stream)
     return out if result is out else out.copy_(result)
+
+
+def _blocks_of_cluster(out: Tensor) -> int:
+    """Two where the tensor cores would else wait for the second-level cache."""
+    tiles = -(-out.shape[1] // _QUERY_TILE)
+    return 2 if tiles % 2 == 0 or tiles >= _FEW_TILES else 1
 
 
 @cache

@@ -7,11 +7,13 @@ using namespace hunyuan_fast::fp8_attention;
 
 extern "C" {
 
-// numbers: B, L, N, Lp, bytes of an output, whether those are fp16, words from length to length, strides of b, l, n.
+// numbers: B, L, N, Lp, bytes of an output, whether those are fp16, words from length to length, strides of b, l, n,
+// blocks of a cluster.
 char const* fp8_attention_forward(void* q, void* q_scale, void* k, void* k_scale, void* v, void* v_scale, void* v_mean,
                                   void* lengths, void* out, int64_t const* numbers) {
     HopperParams p;
     p.B = int(numbers[0]), p.L = int(numbers[1]), p.N = int(numbers[2]), p.Lp = int(numbers[3]);
+    p.cluster = int(numbers[10]);
     auto const floats = [](void* x) { return static_cast<float const*>(x); };
     p.codes = {q, k, v, floats(q_scale), floats(k_scale), floats(v_scale), floats(v_mean)};
     p.lengths = static_cast<int32_t const*>(lengths), p.lengths_step = numbers[6];

@@ -36,7 +36,7 @@ from tests.ops.fp8_attention_cases import (
 
 DRIVER = ROOT / "tests/native/hopper_fp8_attention.cpp"
 SOURCES = sorted((ROOT / "csrc/fp8_attention").glob("sm90_forward_*.cu"))
-MOST_REGISTERS = 240  # of a consumer: kConsumerRegisters in sm90_forward.cuh
+MOST_REGISTERS = 232  # of a consumer: kConsumerRegisters in sm90_forward.cuh
 
 # length, then lengths: tiles hold 128 queries, 64 for each of two, and 128 keys; there are 4 stages
 CASES = {
@@ -67,11 +67,11 @@ class Emulator:
         self.processors = 3
 
     def fp8_attention_hopper(self, *arguments: Tensor | int | None) -> None:
-        *codes, kv_len, out, _ = arguments
+        *codes, kv_len, out, cluster, _ = arguments
         batch, length, heads, _ = out.shape
         step = 0 if kv_len is None else kv_len.stride(0) * kv_len.element_size() // 4
         numbers = [batch, length, heads, codes[0].shape[2], out.element_size()]
-        numbers += [out.dtype == torch.float16, step, *out.stride()[:3]]
+        numbers += [out.dtype == torch.float16, step, *out.stride()[:3], cluster]
         self._kernels.run(
             "fp8_attention_forward",
             *(*codes, kv_len, out, numbers),
@@ -101,12 +101,15 @@ def drawn(generator: torch.Generator, length: int, lengths: tuple[int, ...], **m
 
 
 @needs_compiler
+@pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_emulated(case, impl, emulated, generator):
+def test_emulated(case, cluster, impl, emulated, generator):
     length, lengths = CASES[case]
     emulated.seed = length
     call = drawn(generator, length, lengths, heads=2 if length < 300 else 1)
-    judge("cuda_impl", impl.forward(*call.arguments), call)
+    codes = reference.quantize(*call.arguments, statistics(call))
+    out = impl.attend(codes, call.kv_len, torch.empty_like(call.q), cluster=cluster)
+    judge("cuda_impl", out, call)
 
 
 @needs_compiler
@@ -120,13 +123,22 @@ def test_sharp_and_flat_scores(sharpness, dtype, impl, emulated, generator):
 
 @needs_compiler
 @pytest.mark.parametrize("seed", [*hopper.EXTREMES, 4, 5, 6, 7])
-@pytest.mark.parametrize("processors", [1, 2, 5])
-def test_the_order_of_things_does_not_matter(seed, processors, impl, emulated, generator):
+@pytest.mark.parametrize(("processors", "cluster"), [(1, 1), (5, 1), (2, 2), (6, 2)])
+def test_the_order_of_things_does_not_matter(seed, processors, cluster, impl, emulated, generator):
     """Copies and products early or late, one block for all items or one for each: same bits."""
     call = drawn(generator, 260, (0, 1, 260, 129))
-    expected = impl.forward(*call.arguments)
+    codes = reference.quantize(*call.arguments, statistics(call))
+    expected = impl.attend(codes, call.kv_len, torch.empty_like(call.q), cluster=1)
     emulated.seed, emulated.processors = seed, processors
-    assert_equal(impl.forward(*call.arguments), expected)
+    out = impl.attend(codes, call.kv_len, torch.empty_like(call.q), cluster=cluster)
+    assert_equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("length", "cluster"), [(1, 1), (129, 2), (385, 2), (3 * 128, 1), (33 * 128, 2), (119_056, 2)]
+)
+def test_blocks_share_what_they_fetch_where_few_would_idle(length, cluster, impl):
+    assert impl._blocks_of_cluster(torch.empty(1, length, 1, 128, device="meta")) == cluster
 
 
 @needs_compiler
@@ -216,9 +228,11 @@ def test_native_refusals():
     x = torch.zeros(1, 8, 2, 128)
     codes = [x] * 7
     with pytest.raises(ValueError, match="out must be on a CUDA device"):
-        native.fp8_attention_hopper(*codes, None, x, 0)
+        native.fp8_attention_hopper(*codes, None, x, 1, 0)
     with pytest.raises(ValueError, match="bfloat16, float16 or float32"):
-        native.fp8_attention_hopper(*codes, None, x.double(), 0)
+        native.fp8_attention_hopper(*codes, None, x.double(), 1, 0)
+    with pytest.raises(ValueError, match="cluster must be 1 or 2, got 4"):
+        native.fp8_attention_hopper(*codes, None, x, 4, 0)
 
 
 # ---- machine code
@@ -236,13 +250,22 @@ def test_cuda_kernels_do_not_spill(source, arch):
 def test_the_machine_code_is_what_was_meant(source):
     """Hopper's products and copies, as many as are written, and what overlaps what."""
     assert not re.findall(r"C75\d\d", build(source, "90a").log), "the compiler gave something up"
-    (code,) = machine_code(source, "90a").values()
+    codes = machine_code(source, "90a")
+    assert len(codes) == 2
+    for name, code in codes.items():
+        check_machine_code(code, int(re.search(r"Li(\d)E", name).group(1)))
+    for other in machine_code(source, "80").values():
+        assert "MMA" not in other and "BPT.TRAP" in other
+
+
+def check_machine_code(code: str, cluster: int) -> None:
     product = r"QGMMA\.64x128x32\.F32\.E4M3\.E4M3 R\d+, "
     # four instructions each: the first scores and those of the loop, its values and the last
     assert len(re.findall(product + r"gdesc\[", code)) == 8
     assert len(re.findall(product + r"R\d+, gdesc\[", code)) == 8
     assert len(re.findall(product + r"\S+ \S*\s*(?:gdesc\S+, )?RZ, !UPT", code)) == 4
-    assert len(re.findall("UTMALDG.4D", code)) == 4  # two queries, keys, values
+    assert len(re.findall(r"UTMALDG\.4D", code)) == 4  # two queries, keys, values
+    assert len(re.findall(r"UTMALDG\.4D\.MULTICAST", code)) == (2 if cluster == 2 else 0)
     for once in ("USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"):
         assert code.count(once) == 1, once
     assert not re.search(r"\b(LDL|STL)\b", code)
@@ -254,8 +277,6 @@ def test_the_machine_code_is_what_was_meant(source):
     assert len(re.findall(r"MUFU\.EX2", parts[2])) == 64 + 2
     assert not re.search(r"SHFL\.IDX|STS", parts[2] + parts[3]), "probabilities do not move"
     assert len(re.findall(r"F2FP\.SATFINITE\.E4M3", code)) == 2 * 32
-    for other in machine_code(source, "80").values():
-        assert "MMA" not in other and "BPT.TRAP" in other
 
 
 # ---- on a GPU

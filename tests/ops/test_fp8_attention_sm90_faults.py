@@ -1,5 +1,6 @@
 """Faults planted in the sources of the Hopper kernel are seen, by the machine or by the rules."""
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,12 +43,16 @@ FAULTS = {
         KERNEL,
         """        sm90::wait_for_products<0>();
         sm90::settle(part);
-        if (lane == 0) sm90::arrive(shared.values_empty(values.stage));
+        shared.release(shared.values_empty(values.stage), lane);
 """,
-        """        if (lane == 0) sm90::arrive(shared.values_empty(values.stage));
+        """        shared.release(shared.values_empty(values.stage), lane);
         sm90::wait_for_products<0>();
         sm90::settle(part);
 """,
+    ),
+    "stages given back to one block alone": (
+        *(FETCH, "if (lane < Cluster) sm90::arrive_remote(empty, lane);"),
+        "if (lane < Cluster) sm90::arrive_remote(empty, rank);",
     ),
     "queries fetched over those in use": (
         *(FETCH, "sm90::wait(shared.queries_empty(consumer), parity ^ 1);", ""),
@@ -66,20 +71,20 @@ def calls() -> list[Call]:
 
 
 def outcomes(kernels: hopper.Kernels, calls: list[Call]) -> Iterator[None]:
-    """Runs with work late and early, on one processor; raises what the first bad one raises."""
+    """Runs with work late and early, on few processors; raises what the first bad one raises."""
     for call in calls:
         codes = reference.quantize(*call.arguments, statistics(call))
         tensors = [x.view(torch.uint8) if x.dtype == E4M3 else x for x in codes]
-        for seed in hopper.EXTREMES:
+        for seed, cluster in itertools.product(hopper.EXTREMES, (1, 2)):
             out = torch.empty_like(call.q)
-            numbers = [*out.shape[:3], codes.q.shape[2], 2, False, 1, *out.stride()[:3]]
+            numbers = [*out.shape[:3], codes.q.shape[2], 2, False, 1, *out.stride()[:3], cluster]
             arguments = (*tensors, call.kv_len, out, numbers)
-            kernels.run("fp8_attention_forward", *arguments, seed=seed, processors=1)
+            kernels.run("fp8_attention_forward", *arguments, seed=seed, processors=cluster)
             yield judge("the kernel", out, call)
 
 
 def test_the_kernel_itself_raises_no_alarm(calls):
-    assert len(list(outcomes(hopper.build(DRIVER), calls))) == 8
+    assert len(list(outcomes(hopper.build(DRIVER), calls))) == 16
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -73,6 +73,7 @@ struct Fiber {
     bool started = false;
     ucontext_t entry;
     jmp_buf at;
+    uint64_t* stack = nullptr;  // its far end
     Reason reason;
     WarpCall call;
     Clock clock;
@@ -167,7 +168,8 @@ struct Block {
     Shape shape;
     Index index;
     int rank;  // in its cluster
-    size_t unfinished;
+    size_t unfinished;          // threads
+    std::vector<Stamp> visits;  // of copies and other blocks to its memory
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     std::vector<Group> groups;

@@ -74,6 +74,7 @@ void land_chunks(Copy const& copy) {
 
 void land(Copy const& copy) {
     InBlock const there(*copy.block);
+    block().visits.push_back(phase_of(copy.barrier));
     if (copy.kind == Copy::chunks) return land_chunks(copy);
     if (copy.kind == Copy::box) {
         land_box(copy);

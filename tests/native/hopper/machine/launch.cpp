@@ -59,16 +59,18 @@ public:
         action.sa_flags = SA_SIGINFO | SA_ONSTACK;
         sigaction(SIGSEGV, &action, &old_segv_);
         sigaction(SIGBUS, &action, &old_bus_);
+        sigaction(SIGFPE, &action, &old_division_);
     }
     ~Guard() {
         sigaction(SIGSEGV, &old_segv_, nullptr);
         sigaction(SIGBUS, &old_bus_, nullptr);
+        sigaction(SIGFPE, &old_division_, nullptr);
         sigaltstack(&old_stack_, nullptr);
     }
 
 private:
     stack_t old_stack_;
-    struct sigaction old_segv_, old_bus_;
+    struct sigaction old_segv_, old_bus_, old_division_;
 };
 
 Index place_of(Index const& grid, uint64_t number) {
