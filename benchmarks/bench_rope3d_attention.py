@@ -22,6 +22,7 @@ from benchmarks.kit.case import (
     Work,
     compiled,
 )
+from benchmarks.kit.pairing import Rounds
 from hunyuan_fast.modules.rotary import build_rotary_tables
 from hunyuan_fast.ops import attention, rope3d_attention
 
@@ -34,6 +35,8 @@ _BACKENDS = {
         *(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
     ),
 }
+# Enough for medians of calls that take seconds.
+_FEW = Rounds(budget=20, least=3, most=9)
 _WIDE = (shapes.NUM_HEADS, shapes.HEAD_DIM)
 
 
@@ -54,6 +57,8 @@ def cases(device: torch.device, *, quick: bool) -> list[Case]:
     return [
         *(full(clip, dtype, _WIDE, text=[256], alternating=True) for dtype in (fp32, bf16)),
         full(shapes.IMAGE_256P, bf16, _WIDE, text=[40, 256]),
+        # a third of the heads: the time of a head is the same
+        full(shapes.CLIP_256P_65, bf16, (8, 128), text=[40, 256], large=True, rounds=_FEW),
         _rotated_case(device, clip, bf16),
         full(shapes.NANO, fp32, nano, text=[32], cold=False),
     ]
@@ -68,6 +73,8 @@ def _attention_case(
     text: Sequence[int],
     cold: bool = True,
     alternating: bool = False,
+    large: bool = False,
+    rounds: Rounds | None = None,
 ) -> Case:
     """``attention`` over samples with ``text`` valid text tokens each."""
     batch, length, (num_heads, head_dim) = len(text), clip.joint, heads
@@ -87,7 +94,7 @@ def _attention_case(
     def meaningful(x: Tensor) -> Tensor:
         return x if valid is None else torch.where(valid[:, :, None, None], x, 0)
 
-    eager = partial(_eager, mask=mask)
+    eager, masked = partial(_eager, mask=mask), partial(_sdpa, mask=mask)
     return Case(
         name=clip.name if whole else f"{clip.name}-padded",
         function="attention",
@@ -100,13 +107,20 @@ def _attention_case(
         peers=(
             Peer("eager", lambda: _short_enough(eager, clip, device)),
             Peer("torch.compile", lambda: compiled(_short_enough(eager, clip, device))()),
-            *_sdpa_peers(device, partial(_sdpa, mask=mask)),
+            *_sdpa_peers(device, masked)[:-1],
+            Peer(
+                "sdpa math",
+                lambda: _short_enough(masked, clip, device),
+                partial(sdpa_kernel, SDPBackend.MATH),
+            ),
             *attention_peers.peers(batch, None if whole else lengths, length, device),
             Peer("diffusers", lambda: partial(_diffusers_attention(), attn_mask=mask)),
         ),
         meaningful=meaningful,
         cold=cold,
         alternating=alternating,
+        large=large,
+        rounds=rounds,
     )
 
 
