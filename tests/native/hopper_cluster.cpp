@@ -96,7 +96,8 @@ extern "C" {
 char const* share(void const* x, void* y, int64_t rounds, int64_t fault) {
     return hopper::attempt([&] {
         auto const from = map_of(x, int(rounds), 1, kRows / kBlocks), to = map_of(y, int(rounds), kBlocks, kRows);
-        sm90::launch_clusters(kernel, kBlocks, kBlocks, kThreads, kShared, nullptr, from, to, int(rounds), Fault(fault));
+        sm90::launch_clusters(kernel, kBlocks, kBlocks, kThreads, kShared, nullptr, from, to, int(rounds),
+                              Fault(fault));
     });
 }
 

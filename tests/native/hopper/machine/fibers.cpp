@@ -18,8 +18,8 @@ constexpr uint64_t kStackEnd = 0x656e64206f662069;
 jmp_buf scheduler;
 std::function<void()> const* kernel_of_fibers = nullptr;
 
-// Stacks outlive blocks; `number` is that of a thread in its cluster. Those of a warp share a mapping: a process may have
-// some ten thousand of these only. What lies at the end of a stack tells when it was too small.
+// Stacks outlive blocks; `number` is that of a thread in its cluster. Those of a warp share a mapping: a process may
+// have some ten thousand of these only. What lies at the end of a stack tells when it was too small.
 char* stack_of(int number) {
     static std::vector<char*> warps;
     while (int(warps.size()) <= number / kWarp) {
