@@ -43,7 +43,7 @@ FAULTS = {
 }
 PLAIN_STORES = ("beyond a tensor", "plain stores not fenced")
 CLUSTER_FAULTS = {
-    "used before all have begun": "the barrier of a copy: a race",
+    "used before all have begun": "the barrier of a copy: a race|there is no barrier",
     "left before all are done": "has ended|may end before thread 32 has reached",
     "one block told of two": "a race at byte|still under way",
     "copied to one block": "deadlock",
