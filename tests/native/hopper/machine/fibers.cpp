@@ -18,8 +18,8 @@ constexpr uint64_t kStackEnd = 0x656e64206f662069;
 jmp_buf scheduler;
 std::function<void()> const* kernel_of_fibers = nullptr;
 
-// Stacks outlive blocks; `number` is that of a thread in its cluster. Those of a warp share a mapping: a process may have
-// some ten thousand of these only. What lies at the end of a stack tells when it was too small.
+// Stacks outlive blocks; `number` is that of a thread in its cluster. Those of a warp share a mapping: a process may
+// have some ten thousand of these only. What lies at the end of a stack tells when it was too small.
 char* stack_of(int number) {
     static std::vector<char*> warps;
     while (int(warps.size()) <= number / kWarp) {
@@ -68,15 +68,13 @@ void prepare(Fiber& fiber) {
 
 bool drawn(Timing timing) { return timing == Timing::drawn && machine.draw(4); }
 
-// Who runs: anyone, or one of a warp that is ahead of others until favour changes. The former mixes threads, the latter
-// lets a warp run as far as barriers let it.
+// Who runs: anyone, or whoever is in favour until that changes. The former mixes threads; favour lets a warp run as far
+// as barriers let it, or leaves lanes of a warp behind.
 Fiber& next_of(std::vector<Fiber*>& ready) {
-    auto& changed = machine.cluster[machine.random() % machine.cluster.size()]->favour;
-    if (machine.draw(512)) std::shuffle(changed.begin(), changed.end(), machine.random);
-    auto const favour = [](Fiber const& fiber) { return fiber.block->favour[size_t(warp_of(fiber))]; };
+    if (machine.draw(2048)) draw_favour(*machine.cluster[machine.random() % machine.cluster.size()]);
     size_t chosen = machine.random() % ready.size();
-    for (size_t i = 0; i < ready.size() && machine.by_favour; ++i) {
-        if (favour(*ready[i]) > favour(*ready[chosen])) chosen = i;
+    for (size_t i = 0; i < ready.size() && machine.favours != Favours::nobody; ++i) {
+        if (ready[i]->favour > ready[chosen]->favour) chosen = i;
     }
     std::swap(ready[chosen], ready.back());
     Fiber& fiber = *ready.back();
@@ -117,6 +115,19 @@ std::string words(Reason const& reason) {
 }
 
 }  // namespace
+
+// Of warps, or of all but some lanes of one warp: often of the first, which is the one that fetches.
+void draw_favour(Block& block) {
+    bool const lanes = machine.favours == Favours::lanes;
+    int const behind = machine.draw(2) ? 0 : int(machine.random() % block.warps.size());
+    for (auto& fiber : block.fibers) {
+        if (lanes) {
+            fiber.favour = warp_of(fiber) != behind || machine.draw(2);
+        } else {
+            fiber.favour = lane_of(fiber) == 0 ? machine.random() : (&fiber - 1)->favour;
+        }
+    }
+}
 
 void pause() {
     machine.ready.push_back(&self());
