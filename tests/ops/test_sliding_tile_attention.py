@@ -33,7 +33,7 @@ CASES = {
     "no text": {"text": 0, "lengths": (18, 7), "head_dim": 20},
     "lengths in the text, in the video, none": {
         "lengths": (21, 18, 10, 0),
-        "windows": ((1, 2, 1), (1, 1, 1)),
+        "windows": ((1, 2, 1), (9, 9, 9)),
     },
     "three windows, heads of no tile": {
         "grid": (4, 2, 6),
