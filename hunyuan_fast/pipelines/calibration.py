@@ -26,6 +26,7 @@ Sizes = tuple[int, int, int]
 LARGEST_TILE = (6, 8, 8)
 # Candidates that save less than this are not tried.
 _LEAST_SAVING = 0.05
+_FEW_TILES = 4
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,12 @@ def default_tile(grid: Sizes) -> Sizes:
 
 
 def default_candidates(grid: Sizes, tile: Sizes) -> tuple[Sizes, ...]:
-    """Windows of odd length or whole along each axis that save something; the last is whole."""
+    """Windows of odd length or whole along each axis that save something; the last is whole.
+
+    Along an axis of few tiles those of even length too.
+    """
     counts = tiles(grid, tile)
-    axes = [[*range(1, count, 2), count] for count in counts]
+    axes = [[*range(1, count, 1 if count <= _FEW_TILES else 2), count] for count in counts]
     found = sorted(itertools.product(*axes), key=lambda each: fraction(grid, tile, each))
     saving = [each for each in found if fraction(grid, tile, each) <= 1 - _LEAST_SAVING]
     return (*saving, counts)
