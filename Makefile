@@ -2,7 +2,8 @@
 # make test    set everything up in .venv and run the tests
 # make lint    ruff and mypy
 # make bench   every benchmark that this machine can run
-# make gpu     on a machine with a GPU: build, GPU tests, benchmarks with their results kept
+# make gpu     on a machine with a GPU: build, GPU tests, benchmarks with their results kept, and
+#              kernels that are right and fast there verified: see git diff, commit what is true
 # make native  rebuild the C++ and CUDA code in place
 # make clean   remove what was built; .venv stays
 
@@ -38,6 +39,9 @@ gpu:
 		{ echo "the native module was built without CUDA: put nvcc on the PATH"; exit 1; }
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m benchmarks
+	$(BIN)/hunyuan-fast bench attention --tune --backward
+	$(BIN)/python -m benchmarks --commit-ranking
+	$(BIN)/python -m benchmarks --summary
 
 native:
 	@$(PYTHON) scripts/bootstrap.py --extra dev

@@ -28,6 +28,7 @@ from benchmarks.kit.case import (
     compiled,
 )
 from benchmarks.kit.contenders import by_name
+from hunyuan_fast import dispatch
 from hunyuan_fast.models.dit.blocks import DoubleStreamBlock, SingleStreamBlock
 from hunyuan_fast.models.dit.checkpoint import rules
 from hunyuan_fast.models.dit.config import TransformerConfig
@@ -35,6 +36,7 @@ from hunyuan_fast.models.weights.rule import Rule
 from hunyuan_fast.modules.rotary import build_rotary_tables
 
 DOUBLE, SINGLE = "double_block", "single_block"
+_ATTENTION = "rope3d_attention"
 # Our class, its prefix in the names of our parameters, and the counterparts of both in diffusers.
 _KINDS: dict[str, tuple[type[nn.Module], str, str, str]] = {
     DOUBLE: (
@@ -217,6 +219,7 @@ def _case(pair: _Pair, *, quick: bool) -> Case:
         ours=(
             Entrant("hunyuan_fast", pair.ours),
             *([Entrant("hunyuan_fast by name", pair.ours, named)] if named else []),
+            *_with_each_attention(pair),
             Entrant(
                 "hunyuan_fast compiled",
                 partial(_compiled, pair.ours, quick),
@@ -229,6 +232,19 @@ def _case(pair: _Pair, *, quick: bool) -> Case:
         ),
         meaningful=pair.meaningful,
     )
+
+
+def _with_each_attention(pair: _Pair) -> list[Entrant]:
+    """On a GPU our block with every kernel of attention that may be there, by name.
+
+    The other ops are those of "hunyuan_fast by name". Who cannot take part says so when called.
+    """
+    found = []
+    for name in dispatch.choices(_ATTENTION) if pair.device.type == "cuda" else ():
+        context = by_name(pair.device, **{_ATTENTION: name})
+        assert context is not None
+        found.append(Entrant(f"attention {name.removeprefix('library_impl.')}", pair.ours, context))
+    return found
 
 
 def work(pair: _Pair) -> dict[str, Work]:

@@ -10,8 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import shapes
-from benchmarks.kit.case import FORWARD, TRAINING, Call, Case, Peer, Unavailable, Work, compiled
+from benchmarks import attention_peers, shapes
+from benchmarks.kit.case import (
+    BACKWARD,
+    FORWARD,
+    TRAINING,
+    Call,
+    Case,
+    Peer,
+    Unavailable,
+    Work,
+    compiled,
+)
 from hunyuan_fast.modules.rotary import build_rotary_tables
 from hunyuan_fast.ops import attention, rope3d_attention
 
@@ -35,10 +45,10 @@ def cases(device: torch.device, *, quick: bool) -> list[Case]:
         small = shapes.tokens("quick", 1, 256, 256)
         return [full(small, bf16, _WIDE, text=[256]), _rotated_case(device, small, bf16)]
     if device.type == "cuda":
-        clips = (shapes.CLIP_256P_65, shapes.CLIP_720P_129)
+        clips = (shapes.CLIP_256P_65, shapes.CLIP_1024P_29, shapes.CLIP_720P_129)
         whole = [full(clip, bf16, _WIDE, text=[256]) for clip in clips]
-        padded = full(shapes.CLIP_256P_65, bf16, _WIDE, text=[40, 256])
-        return [*whole, padded, _rotated_case(device, shapes.CLIP_720P_129, bf16)]
+        padded = [full(clip, bf16, _WIDE, text=[40, 256]) for clip in clips[:2]]
+        return [*whole, *padded, _rotated_case(device, shapes.CLIP_720P_129, bf16)]
     clip = shapes.CLIP_256P_33
     nano = (shapes.NANO_NUM_HEADS, shapes.NANO_HEAD_DIM)
     return [
@@ -86,11 +96,12 @@ def _attention_case(
         inputs=partial(_draw, (batch, length, num_heads, head_dim), dtype),
         call=ours,
         arguments=lambda q, k, v: (q, k, v, kv_len, head_dim**-0.5),
-        work=_work(lengths, num_heads, head_dim, dtype),
+        work=_work(lengths, num_heads, head_dim, dtype, alone=device.type == "cuda"),
         peers=(
             Peer("eager", lambda: _short_enough(eager, clip, device)),
             Peer("torch.compile", lambda: compiled(_short_enough(eager, clip, device))()),
             *_sdpa_peers(device, partial(_sdpa, mask=mask)),
+            *attention_peers.peers(batch, None if whole else lengths, length, device),
             Peer("diffusers", lambda: partial(_diffusers_attention(), attn_mask=mask)),
         ),
         meaningful=meaningful,
@@ -150,13 +161,23 @@ def _draw(
 
 
 def _work(
-    lengths: Sequence[int], num_heads: int, head_dim: int, dtype: torch.dtype
+    lengths: Sequence[int],
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    alone: bool = False,
 ) -> dict[str, Work]:
-    """Two matrix products forward, five backward; every tensor read or written once."""
+    """Two matrix products forward, five backward; every tensor read or written once.
+
+    alone: backward is measured by itself, too
+    """
     product = 2 * num_heads * head_dim * sum(n * n for n in lengths)
     tensor = num_heads * head_dim * sum(lengths) * dtype.itemsize
+    backward = {BACKWARD: Work(8 * tensor, 5 * product)} if alone else {}
     return {
         FORWARD: Work(4 * tensor, 2 * product),
+        **backward,
         TRAINING: Work((4 + 8) * tensor, (2 + 5) * product),
     }
 

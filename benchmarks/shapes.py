@@ -32,6 +32,8 @@ def tokens(name: str, frames: int, height: int, width: int, text: int = 256) -> 
 
 
 CLIP_720P_129 = tokens("720p-129f", 129, 720, 1280)
+# 33,024 tokens with the text
+CLIP_1024P_29 = tokens("1024p-29f", 29, 1024, 1024)
 CLIP_256P_65 = tokens("256p-65f", 65, 256, 256)
 CLIP_256P_33 = tokens("256p-33f", 33, 256, 256)
 CLIP_128P_13 = tokens("128p-13f", 13, 128, 128, text=64)

@@ -8,6 +8,11 @@ names another one for calls that a committed result has shown to be faster there
 answers if it is verified and can. ``HUNYUAN_FAST_IMPL=triton_impl`` or ``with use("triton_impl"):``
 names one, verified or not, preferred or not: it answers, or the call fails. Of several names,
 joined by commas, the first that can answers.
+
+A room may have more libraries behind its library_impl, modules of ``kernels/<op>/libraries/`` with
+the same names in them: ``library_impl.<module>``. And it may be ranked (``hunyuan_fast.ranking``):
+in classes of calls that were measured, order and preferences give way to the fastest that is
+verified, here by the user's own measurement or by ``VERIFIED_ON``.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from __future__ import annotations
 import logging
 import os
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -27,8 +32,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from hunyuan_fast import ranking
+
 # In order of preference; library_impl stands for the kernels that torch itself brings.
 IMPLEMENTATIONS = ("cuda_impl", "triton_impl", "cpu_impl", "library_impl", "reference")
+_LIBRARY = "library_impl."
 
 # One for the process and no context variable: autograd runs backward in threads of its own, which
 # would not see the caller's context. The key is the op, or None for every op.
@@ -49,8 +57,9 @@ def use(name: str, op: str | None = None) -> Iterator[None]:
     """
     _check_name(name)
     for each in name.split(",") if op is not None else ():
-        if each not in _candidates(op):
-            raise ValueError(f"op {op!r} has no {each!r}; it has {', '.join(_candidates(op))}")
+        known = [*_candidates(op), *_libraries(op)]
+        if each not in known:
+            raise ValueError(f"op {op!r} has no {each!r}; it has {', '.join(known)}")
     before = _named.copy()
     _named[op] = name
     try:
@@ -76,13 +85,28 @@ def explain(op: str, *args: object) -> dict[str, str | None]:
         reasons[name] = impl.supports(*args)
         if reasons[name] is None and not {arch, "*"} & impl.VERIFIED_ON:
             reasons[name] = f"unverified on {arch}: no committed result"
+    answer = _first_ranked(op, arch, args)
     first = next((name for name, reason in reasons.items() if reason is None), None)
-    if first is not None:
+    if answer is None and first is not None:
         answer = _preferred(op, implementations(op)[first], arch, args)
-        chosen = answer.__name__.rsplit(".", 1)[-1]
+    if answer is not None:
+        chosen = name_of(answer)
+        if chosen.startswith(_LIBRARY):  # it takes the place of the one that stands for them all
+            reasons = {
+                new: why
+                for name, why in reasons.items()
+                for new in ((chosen, name) if name == _LIBRARY[:-1] else (name,))
+            }
         for name in takewhile(lambda name: name != chosen, reasons):
             reasons[name] = reasons[name] or f"{chosen} is faster for this call"
+        reasons[chosen] = None
     return reasons
+
+
+def name_of(impl: ModuleType) -> str:
+    """What :func:`use` calls an implementation."""
+    *_, parent, name = impl.__name__.split(".")
+    return f"{_LIBRARY}{name}" if parent == "libraries" else name
 
 
 @cache
@@ -90,6 +114,19 @@ def implementations(op: str) -> dict[str, ModuleType]:
     """The implementations of ``op`` that can be loaded here, best first. Raises ValueError."""
     usable = [name for name, missing in _candidates(op).items() if missing is None]
     return {name: import_module(f"hunyuan_fast.kernels.{op}.{name}") for name in usable}
+
+
+@cache
+def choices(op: str) -> dict[str, ModuleType]:
+    """All that a ranking of ``op`` may choose from: :func:`implementations` and its libraries.
+
+    Libraries stand in the place of library_impl, which is one or the other of them.
+    """
+    found: dict[str, ModuleType] = {}
+    for name, impl in implementations(op).items():
+        libraries = _libraries(op) if name == _LIBRARY[:-1] else {}
+        found |= libraries or {name: impl}
+    return found
 
 
 @cache
@@ -101,9 +138,13 @@ def ops() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Report:
-    """Who answers each op on each device. ``reasons[op, arch]`` is what ``explain`` says."""
+    """Who answers each op on each device. ``reasons[op, arch]`` is what ``explain`` says.
+
+    notes: on rankings that were measured here
+    """
 
     reasons: dict[tuple[str, str], dict[str, str | None]]
+    notes: tuple[str, ...] = ()
 
     def answering(self, op: str, arch: str) -> str:
         """The name of the implementation that answers ``op`` on ``arch``."""
@@ -121,29 +162,78 @@ class Report:
                 head = " " * len(head)
             if head.strip():
                 lines.append(head.rstrip())
+        lines += dict.fromkeys(self.notes)
         return "\n".join(lines)
 
 
 def report() -> Report:
     """Who answers each op here for a typical call, on the CPU and on each kind of GPU present."""
-    devices = {"cpu": torch.device("cpu")}
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            devices.setdefault(_cuda_arch(index), torch.device("cuda", index))
-    reasons = {}
+    reasons, notes = {}, []
     for op in ops():
         example = import_module(f"hunyuan_fast.kernels.{op}.reference").example
-        for arch, device in devices.items():
+        for arch, device in _devices().items():
             reasons[op, arch] = explain(op, *example(device))
-    return Report(reasons)
+            if ranking.is_ranked(op):
+                notes.append(ranking.users(op, arch, device)[1])
+    return Report(reasons, tuple(note for note in notes if note is not None))
 
 
 def _select_verified(op: str, args: tuple[object, ...]) -> ModuleType:
     arch = _arch(args)
+    ranked = _first_ranked(op, arch, args)
+    if ranked is not None:
+        return ranked
     for impl, verified_on in _verified(op):
         if (arch in verified_on or "*" in verified_on) and impl.supports(*args) is None:
             return _preferred(op, impl, arch, args)
     raise RuntimeError(f"no implementation of {op} answers this call: {explain(op, *args)}")
+
+
+def _first_ranked(op: str, arch: str, args: tuple[object, ...]) -> ModuleType | None:
+    """The fastest measured one that can answer; None where nothing was measured."""
+    ranked = _ranked(op, arch)
+    if ranked is not None:
+        classify, table = ranked
+        for impl in table.get(classify(*args), ()):
+            if impl.supports(*args) is None:
+                return impl
+    return None
+
+
+@cache
+def _ranked(
+    op: str, arch: str
+) -> tuple[Callable[..., ranking.ShapeClass], dict[ranking.ShapeClass, list[ModuleType]]] | None:
+    """How calls of ``op`` are classed, and who may answer each class, the fastest first."""
+    loaded = choices(op)
+    if not ranking.is_ranked(op):
+        return None
+    device = _devices().get(arch)
+    mine, note = ranking.users(op, arch, device) if device is not None else ([], None)
+    if note is not None and not mine:
+        _log.warning("%s", note)
+    verified = [name for name, impl in loaded.items() if {arch, "*"} & impl.VERIFIED_ON]
+    committed = ranking.by_class(op, ranking.committed(op, arch))
+    names = {key: [n for n in found if n in verified] for key, found in committed.items()}
+    names |= ranking.by_class(op, mine)
+    table = {key: [loaded[n] for n in found if n in loaded] for key, found in names.items()}
+    if not any(table.values()):
+        return None
+    return import_module(f"hunyuan_fast.kernels.{op}.shape_class").shape_class, table
+
+
+def _devices() -> dict[str, torch.device]:
+    """The CPU, and the first GPU of every architecture."""
+    found = {"cpu": torch.device("cpu")}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            found.setdefault(_cuda_arch(index), torch.device("cuda", index))
+    return found
+
+
+def forget_rankings() -> None:
+    """Read the files of rankings anew when the next call chooses."""
+    _ranked.cache_clear()
 
 
 def _preferred(op: str, impl: ModuleType, arch: str, args: tuple[object, ...]) -> ModuleType:
@@ -158,14 +248,15 @@ def _preferred(op: str, impl: ModuleType, arch: str, args: tuple[object, ...]) -
 def _select_named(op: str, named: str, args: tuple[object, ...]) -> ModuleType:
     _check_name(named)
     candidates = _candidates(op)
-    names = [name for name in named.split(",") if name in candidates]
+    libraries = _libraries(op)
+    names = [name for name in named.split(",") if name in candidates or name in libraries]
     if not names:  # named for every op, and this room never had it
         return _select_verified(op, args)
     reasons = []
     for name in names:
-        reason = candidates[name]
+        reason = candidates.get(name)
         if reason is None:
-            impl = implementations(op)[name]
+            impl = libraries.get(name) or implementations(op)[name]
             reason = impl.supports(*args)
             if reason is None:
                 return impl
@@ -174,9 +265,10 @@ def _select_named(op: str, named: str, args: tuple[object, ...]) -> ModuleType:
 
 
 def _check_name(name: str) -> None:
-    if not set(name.split(",")) <= set(IMPLEMENTATIONS):
-        choice = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation must be one of {choice}, got {name!r}")
+    for each in name.split(","):
+        if each not in IMPLEMENTATIONS and not any(each in _libraries(op) for op in ops()):
+            choice = ", ".join(IMPLEMENTATIONS)
+            raise ValueError(f"implementation must be one of {choice}, got {name!r}")
 
 
 @cache
@@ -199,6 +291,16 @@ def _candidates(op: str) -> dict[str, str | None]:
     if op not in ops():
         raise ValueError(f"op must be one of {', '.join(ops())}, got {op!r}")
     return {name: _missing(name) for name in IMPLEMENTATIONS if find_spec(f"{room}.{name}")}
+
+
+@cache
+def _libraries(op: str) -> dict[str, ModuleType]:
+    """The libraries of a room by the names that :func:`use` knows them by; most rooms have none."""
+    package = f"hunyuan_fast.kernels.{op}.libraries"
+    if find_spec(package) is None:
+        return {}
+    found = pkgutil.iter_modules(import_module(package).__path__)
+    return {f"{_LIBRARY}{each.name}": import_module(f"{package}.{each.name}") for each in found}
 
 
 def _missing(name: str) -> str | None:
@@ -229,12 +331,16 @@ def _native_missing() -> str | None:
 
 
 def _arch(args: tuple[object, ...]) -> str:
-    """The architecture of the first tensor: ``cpu``, ``sm_90``, ..."""
+    """The architecture of the first tensor."""
     for arg in args:
         if isinstance(arg, Tensor):
-            device = arg.device
-            return _cuda_arch(device.index) if device.type == "cuda" else device.type
+            return arch_of(arg.device)
     raise TypeError("a call must have at least one tensor")
+
+
+def arch_of(device: torch.device) -> str:
+    """What rankings and ``VERIFIED_ON`` call a device: ``cpu``, ``sm_90``, ..."""
+    return _cuda_arch(device.index) if device.type == "cuda" else device.type
 
 
 @cache

@@ -11,6 +11,9 @@ from benchmarks.kit.pairing import Rounds
 
 FORWARD, TRAINING = "forward", "forward+backward"
 PASSES = (FORWARD, TRAINING)
+# Alone, after a forward that is not timed: of cases that have it in their work.
+BACKWARD = "backward"
+EVERY_PASS = (FORWARD, BACKWARD, TRAINING)
 
 # An op returns a tensor, or a tuple of them.
 Call = Callable[..., Tensor | tuple[Tensor, ...]]

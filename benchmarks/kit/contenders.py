@@ -13,6 +13,8 @@ from benchmarks.kit.case import Call, Case, Entrant, Unavailable
 from hunyuan_fast import dispatch
 
 OURS, PEER = "ours", "peer"
+# Whose lack is told, too.
+_NATIVE = ("cuda_impl", "triton_impl", "cpu_impl")
 REFERENCE = "reference"
 
 
@@ -68,20 +70,31 @@ def _implementations(
     op: str, call: Call, arguments: tuple[object, ...]
 ) -> tuple[list[Contender], dict[str, str]]:
     reasons = dispatch.explain(op, *arguments)
-    answering = next(name for name, reason in reasons.items() if reason is None)
-    loaded = dispatch.implementations(op)
+    loaded = dispatch.choices(op)
+    answering = _who(op, next(n for n, reason in reasons.items() if reason is None), arguments)
+    reasons = {name: why for name, why in reasons.items() if name in _NATIVE} | {
+        name: impl.supports(*arguments) for name, impl in loaded.items()
+    }
     found, declined = [], {}
     for name, reason in reasons.items():
-        if name in loaded:
-            reason = loaded[name].supports(*arguments)
         if name == "triton_impl" and os.environ.get("TRITON_INTERPRET") == "1":
             reason = "Triton's interpreter (TRITON_INTERPRET=1) is for tests, not for timing"
-        if reason is None:
-            context = partial(dispatch.use, name, op)
-            found.append(Contender(name, OURS, call, context, name == answering))
-        else:
+        if reason is not None:
             declined[name] = reason
-    return found, declined
+            continue
+        answers = name == answering
+        # A library is ours where it is our choice, and else one that ours are compared with.
+        kind = PEER if "." in name and not answers else OURS
+        context = partial(dispatch.use, name, op)
+        found.append(Contender(name, kind, call, context, answers, may_fail=kind == PEER))
+    return sorted(found, key=lambda each: each.kind == PEER), declined
+
+
+def _who(op: str, name: str, arguments: tuple[object, ...]) -> str:
+    """Of an implementation that stands for several libraries, the one that takes this call."""
+    impl = dispatch.implementations(op).get(name)
+    kernel = getattr(impl, "kernel", None)
+    return name if kernel is None else dispatch.name_of(kernel(*arguments))
 
 
 def by_name(

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.kit import machine
 from benchmarks.kit.alternate import alternate
-from benchmarks.kit.case import PASSES, Case
+from benchmarks.kit.case import EVERY_PASS, Case
 from benchmarks.kit.clock import clock_for
 from benchmarks.kit.discover import load
 from benchmarks.kit.measure import Setting, measure
@@ -45,7 +45,7 @@ def run(
 
     measurements, alternations = [], []
     for case in _chosen(load(op).cases(device, quick=quick), only):
-        for what in (each for each in PASSES if each in case.work):
+        for what in (each for each in EVERY_PASS if each in case.work):
             progress(f"{op}: {case.function} {case.name} {case.dtype_name}, {what}")
             measurements.append(measure(op, case, what, _setting_for(case, setting)))
         if case.alternating and device.type == "cpu":

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
-from benchmarks.kit.case import FORWARD, TRAINING, Call, Case, Weighted, outputs
+from benchmarks.kit.case import BACKWARD, FORWARD, TRAINING, Call, Case, Weighted, outputs
 from benchmarks.kit.clock import Clock
 from benchmarks.kit.contenders import Contender
 
@@ -27,7 +27,8 @@ class Inputs:
     def __init__(self, case: Case, device: torch.device, clock: Clock, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
         copies = 1
-        if case.cold and not clock.flushes:
+        # A backward alone needs the graph of the very inputs that its forward had.
+        if case.cold and not clock.flushes and BACKWARD not in case.work:
             copies = 1 + math.ceil(2 * clock.cache_bytes / case.work[FORWARD].num_bytes)
         copies = min(max(copies, 1), _MOST_SETS)
         first = case.inputs(generator)
@@ -54,7 +55,9 @@ class Bound:
     def __init__(self, call: Call, what: str, inputs: Inputs) -> None:
         self._call = call
         self._weights = call.weights if isinstance(call, Weighted) else ()
-        self._run = self._forward if what == FORWARD else self._training
+        passes = {FORWARD: self._forward, BACKWARD: self._backward, TRAINING: self._training}
+        self._run = passes[what]
+        self._outputs: tuple[Tensor, ...] | None = None
         self._sets = inputs.cycle
 
     def __call__(self) -> tuple[Tensor, ...]:
@@ -70,6 +73,14 @@ class Bound:
     ) -> tuple[Tensor, ...]:
         leaves = [tensor for tensor in tensors if tensor.requires_grad]
         return torch.autograd.grad(outputs(self._call(*tensors)), [*leaves, *self._weights], douts)
+
+    def _backward(
+        self, tensors: tuple[Tensor, ...], douts: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        if self._outputs is None:  # in the first call, which is not timed
+            self._outputs = outputs(self._call(*tensors))
+        leaves = [*(tensor for tensor in tensors if tensor.requires_grad), *self._weights]
+        return torch.autograd.grad(self._outputs, leaves, douts, retain_graph=True)
 
     def kept_bytes(self) -> int:
         """What a call keeps for backward: all but the weights, memory that is shared once."""

@@ -1,5 +1,6 @@
-// Hopper's own instructions, one function each: barriers in shared memory, asynchronous copies, matrix products of a
-// warpgroup. For code compiled for sm_90a; sections are those of the PTX ISA 9.0.
+// Hopper's own instructions, one function each: barriers, asynchronous copies, registers that change hands. For code
+// compiled for sm_90a; sections are those of the PTX ISA 9.0. Matrix products are in sm90_products.cuh, copies of
+// boxes of tensors in sm90_tensor_copy.cuh.
 //
 // Who sees what. wgmma and cp.async.bulk are of the asynchronous proxy, everything else here, cp.async too, of the
 // generic one ("Async proxy"). Where one writes and the other reads, a proxy fence must lie on the way between them
@@ -24,6 +25,12 @@ namespace hunyuan_fast::sm90 {
 
 __device__ inline uint32_t shared_address(void const* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Where the shared memory begins that a launch asked for.
+__device__ inline char* dynamic_shared() {
+    extern __shared__ char hunyuan_dynamic_shared[];
+    return hunyuan_dynamic_shared;
 }
 
 #ifdef HUNYUAN_SM90A
@@ -80,11 +87,32 @@ __device__ inline void settle(float (&d)[Count]) {
     for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// ---- named barriers: "barrier": of `threads` threads, whole warps, some of which wait and some need not
+
+__device__ inline void sync_named(int barrier, int threads) {
+    asm volatile("barrier.sync.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ inline void arrive_named(int barrier, int threads) {
+    asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// What x, which is never negative, is made of is computed before the wait that follows. Order in the source alone does
+// not see to that: the assembler puts arithmetic off until the wait is over, and does nothing meanwhile.
+__device__ inline void compute_now(float x) {
+    if (x < 0) asm volatile("nanosleep.u32 0;" ::: "memory");
+}
+
 // ---- copies: "cp.async", "cp.async.mbarrier.arrive", "cp.async.bulk"
 
 // 16 bytes, past the first-level cache; both addresses multiples of 16.
 __device__ inline void copy_chunk(uint32_t to, void const* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+// The first `bytes` of 16, 0 to 16 of them, and zeros after these; bytes that are not copied are not read.
+__device__ inline void copy_chunk(uint32_t to, void const* from, uint32_t bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
 // An arrival as soon as all copies that this thread has begun are done; it counts among those the barrier expects.
@@ -111,58 +139,56 @@ __device__ inline void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
 }
 
-// ---- products: "wgmma.mma_async", operands from shared memory, both K-major, sums in fp32
+// ---- warps: "elect.sync"
 
-#define HUNYUAN_FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define HUNYUAN_SIXTEEN(d, i) \
-    HUNYUAN_FOUR(d, i), HUNYUAN_FOUR(d, i + 4), HUNYUAN_FOUR(d, i + 8), HUNYUAN_FOUR(d, i + 12)
-
-#define HUNYUAN_WGMMA_128(type) \
-    asm volatile( \
-    "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n" \
-    "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15," \
-    " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31," \
-    " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47," \
-    " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
-    "%64, %65, p, 1, 1, 0, 0; }" \
-        : HUNYUAN_SIXTEEN(d, 0), HUNYUAN_SIXTEEN(d, 16), HUNYUAN_SIXTEEN(d, 32), HUNYUAN_SIXTEEN(d, 48) \
-        : "l"(a), "l"(b), "r"(accumulate))
-
-#define HUNYUAN_WGMMA_256(type) \
-    asm volatile( \
-    "{ .reg .pred p; setp.ne.b32 p, %130, 0;\n" \
-    "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " " \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15," \
-    " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31," \
-    " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47," \
-    " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63," \
-    " %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79," \
-    " %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95," \
-    " %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111," \
-    " %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, " \
-    "%128, %129, p, 1, 1, 0, 0; }" \
-        : HUNYUAN_SIXTEEN(d, 0), HUNYUAN_SIXTEEN(d, 16), HUNYUAN_SIXTEEN(d, 32), HUNYUAN_SIXTEEN(d, 48), \
-          HUNYUAN_SIXTEEN(d, 64), HUNYUAN_SIXTEEN(d, 80), HUNYUAN_SIXTEEN(d, 96), HUNYUAN_SIXTEEN(d, 112) \
-        : "l"(a), "l"(b), "r"(accumulate))
-
-// d (64 x N) = a (64 x 16) b (N x 16)^T, plus d where accumulate is not 0; a and b are descriptors. The products of a
-// warpgroup are done in order, at some time before a wait.
-template <class T, int N>
-__device__ inline void multiply(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
-    static_assert(N == 128 || N == 256);
-    static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
-    constexpr bool kBrain = std::is_same_v<T, __nv_bfloat16>;
-    if constexpr (N == 128 && kBrain) HUNYUAN_WGMMA_128("bf16");
-    if constexpr (N == 128 && !kBrain) HUNYUAN_WGMMA_128("f16");
-    if constexpr (N == 256 && kBrain) HUNYUAN_WGMMA_256("bf16");
-    if constexpr (N == 256 && !kBrain) HUNYUAN_WGMMA_256("f16");
+// True in one thread of the warp, whose threads are all here.
+__device__ inline bool elect_one() {
+    uint32_t elected;
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "elect.sync _|p, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, p; }"
+        : "=r"(elected)
+        :
+        : "memory");
+    return elected != 0;
 }
 
-#undef HUNYUAN_WGMMA_128
-#undef HUNYUAN_WGMMA_256
-#undef HUNYUAN_SIXTEEN
-#undef HUNYUAN_FOUR
+// ---- numbers: "ex2", "cvt", "stmatrix"
+
+__device__ inline float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two numbers rounded to nearest, `low` in bits 0 to 15.
+template <class T>
+__device__ inline uint32_t pack(float low, float high) {
+    uint32_t both;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    } else {
+        static_assert(std::is_same_v<T, __half>);
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    }
+    return both;
+}
+
+// Four matrices of 8 x 8 16-bit values, one to a register: lane l holds values 2 (l % 4) and the next of row l / 4.
+// Row l % 8 of matrix l / 8 goes to the 16 bytes at lane l's address.
+__device__ inline void store_matrix(uint32_t to, uint32_t const (&a)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a[0]), "r"(a[1]),
+                 "r"(a[2]), "r"(a[3])
+                 : "memory");
+}
+
+// Likewise, each matrix transposed: what goes to lane l's address is column l % 8 of matrix l / 8.
+__device__ inline void store_matrix_transposed(uint32_t to, uint32_t const (&a)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a[0]),
+                 "r"(a[1]), "r"(a[2]), "r"(a[3])
+                 : "memory");
+}
 
 #endif  // HUNYUAN_SM90A
 

@@ -45,12 +45,37 @@ HUNYUAN_HOST_DEVICE constexpr uint64_t descriptor(uint32_t shared_address) {
 // What to add to a descriptor for the columns from 16 k on: 32 k bytes, within the row.
 HUNYUAN_HOST_DEVICE constexpr uint64_t descriptor_step(int k) { return uint64_t(k) * (kDepth * 2 >> 4); }
 
+// The other way to lie: "MN-major" tiles are rows of 64 16-bit values too, but a row is 64 neighbours along M (or N)
+// at one k. Blocks of 64 along M (or N), each with all its rows below each other, are `block_bytes` apart, a multiple
+// of 1024. So what is a K-major tile of one product is an MN-major one of its transpose, without a move.
+HUNYUAN_HOST_DEVICE constexpr uint32_t mn_offset(int mn, int k, uint32_t block_bytes) {
+    return uint32_t(mn / kRowElements) * block_bytes + swizzled(uint32_t(k * kRowBytes + mn % kRowElements * 2));
+}
+
+// "Strides": here the leading dimension goes from 64 to 64 along M (or N), the stride from 8 to 8 along K.
+HUNYUAN_HOST_DEVICE constexpr uint64_t descriptor_mn(uint32_t shared_address, uint32_t block_bytes) {
+    return uint64_t((shared_address & 0x3ffff) >> 4) | uint64_t(block_bytes >> 4 & 0x3fff) << 16 |
+           uint64_t(kAtomBytes >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// What to add to it for the rows from 16 k on.
+HUNYUAN_HOST_DEVICE constexpr uint64_t descriptor_step_mn(int k) { return uint64_t(k) * (kDepth * kRowBytes >> 4); }
+
+// Along what the values of an operand are neighbours.
+enum class Major { K, MN };
+
 // "Register Fragments and Shared Memory Matrix Layouts", accumulator D of m64nNk16: the row and column that register i
 // of a thread of the warpgroup holds.
 HUNYUAN_HOST_DEVICE constexpr int accumulator_row(int thread, int i) {
     return 16 * (thread / 32) + thread % 32 / 4 + 8 * (i / 2 % 2);
 }
 HUNYUAN_HOST_DEVICE constexpr int accumulator_column(int thread, int i) { return 8 * (i / 4) + 2 * (thread % 4) + i % 2; }
+
+// Operand A of m64nNk16 from registers: register i of a thread holds two values, of this row and of this column and the
+// next. So columns 16 k to 16 k + 15 of a product feed the next one without a move: register i is sums 8 k + 2 i and
+// 8 k + 2 i + 1.
+HUNYUAN_HOST_DEVICE constexpr int fragment_row(int thread, int i) { return accumulator_row(thread, 2 * i); }
+HUNYUAN_HOST_DEVICE constexpr int fragment_column(int thread, int i) { return accumulator_column(thread, 2 * i); }
 
 // A place in a ring of buffers, and which time round it is: the parity that mbarrier waits ask for.
 template <int Stages>

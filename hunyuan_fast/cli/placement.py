@@ -17,6 +17,7 @@ _FLAGS = {
     "true_cfg_scale": "--true-cfg",
     "num_frames": "--frames",
     "num_videos": "--num-videos",
+    "attention_precision": "--attention-precision",
 }
 _PLAIN = ("height", "width", "shift", "seed", "dtype", "device")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hunyuan_fast.models.dit.config import TransformerConfig
 from hunyuan_fast.models.vae.config import VAEConfig
+from hunyuan_fast.modules.attention import PRECISIONS
 from hunyuan_fast.pipelines.readers import (
     Choice,
     Integer,
@@ -163,6 +164,11 @@ def read_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
     if value not in DTYPES.values():
         wrong_value("dtype", expected, value)
     return value
+
+
+def read_attention_precision(value: str) -> str:
+    """How the transformer's joint attention computes: "same" as its weights, or "fp8"."""
+    return Choice(PRECISIONS)("attention_precision", value)
 
 
 def read_device(value: torch.device | str) -> torch.device:

@@ -16,6 +16,7 @@ from hunyuan_fast.pipelines.inputs import (
     Progress,
     Request,
     check_defaults,
+    read_attention_precision,
     read_device,
     read_dtype,
     read_request,
@@ -58,17 +59,23 @@ class HunyuanVideoPipeline:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str | None = None,
+        attention_precision: str = "same",
     ) -> "HunyuanVideoPipeline":
         """Load all parts from "nano" (embedded), a folder in a known layout, or a repo id.
 
         dtype None is float32 on a CPU and bfloat16 on a GPU. With bfloat16 on a GPU the VAE and the
         text encoders run in float16, as in the reference implementation.
+        attention_precision is "same" as dtype, or "fp8": video and text then attend to each other
+        over e4m3 codes (``transformer.set_attention`` changes it later).
         Raises TypeError or ValueError for a bad argument and an error naming the file for a bad
         folder.
         """
         device = read_device(device)
         dtype = read_dtype(dtype)
-        return cls(*folder.load_parts(path_or_repo, device=device, dtype=dtype))
+        precision = read_attention_precision(attention_precision)
+        pipeline = cls(*folder.load_parts(path_or_repo, device=device, dtype=dtype))
+        pipeline.transformer.set_attention(precision=precision)
+        return pipeline
 
     def save_pretrained(
         self, path: str | Path, *, layout: folder.PipelineLayout = "native"

@@ -6,7 +6,7 @@ import torch
 from benchmarks import shapes
 from benchmarks.bench_fused_modulation import _case as modulation_case
 from benchmarks.bench_rope3d_attention import _work as attention_work
-from benchmarks.kit.case import FORWARD, PASSES, TRAINING, outputs
+from benchmarks.kit.case import EVERY_PASS, FORWARD, TRAINING, outputs
 from benchmarks.kit.discover import WHOLES, load, ops
 from hunyuan_fast import dispatch
 
@@ -38,7 +38,7 @@ def test_cases_are_told_apart_and_name_their_work(op, quick):
     trained = any(TRAINING in case.work for case in cases)
     assert trained or op == "vae" or inference_only(op)
     for case in cases:
-        assert FORWARD in case.work and set(case.work) <= set(PASSES)
+        assert FORWARD in case.work and set(case.work) <= set(EVERY_PASS)
         assert case.work[FORWARD].num_bytes > 0
         if TRAINING in case.work:  # else its calls are those of inference
             assert case.work[FORWARD].num_bytes < case.work[TRAINING].num_bytes

@@ -145,6 +145,23 @@ def test_kernels_are_asked_for_by_name_until_all_are_verified(monkeypatch):
     assert clips() == {shapes.CLIP_256P_65.name, shapes.CLIP_720P_129.name}
 
 
+def test_a_gpu_times_the_block_with_every_kernel_of_attention(monkeypatch):
+    assert blocks._with_each_attention(SimpleNamespace(device=CPU)) == []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    pair = SimpleNamespace(device=torch.device("cuda"), ours=lambda: None)
+    entrants = {each.name: each for each in blocks._with_each_attention(pair)}
+    assert {"attention cudnn", "attention flash_attn_3", "attention reference"} <= set(entrants)
+    q = torch.zeros(1, 4, 1, 8)
+    with entrants["attention cpu_flash"].context():
+        chosen = dispatch.select("rope3d_attention", q, q, q, None, 1.0)
+        assert dispatch.name_of(chosen) == "library_impl.cpu_flash"
+    with (
+        entrants["attention cudnn"].context(),
+        pytest.raises(RuntimeError, match=r"library_impl\.cudnn was asked for by name"),
+    ):
+        dispatch.select("rope3d_attention", q, q, q, None, 1.0)
+
+
 def test_compiled_blocks_take_the_place_of_the_plain_ones(pair, monkeypatch):
     monkeypatch.setattr(blocks, "compiled", lambda call: lambda: compiled_now.append(call) or call)
     compiled_now = []

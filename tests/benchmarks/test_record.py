@@ -137,7 +137,7 @@ def test_a_committed_result_is_evidence(path):
 def test_who_answers_on_a_gpu_has_a_result_there(op):
     """VERIFIED_ON names an architecture only with evidence: timed there, and not the slower one."""
     results = [kept for path in COMMITTED if (kept := load(path)).op == op]
-    for name, implementation in dispatch.implementations(op).items():
+    for name, implementation in dispatch.choices(op).items():
         for arch in sorted(implementation.VERIFIED_ON - {"*", "cpu"}):
             against = [
                 each.ms.median / mine.ms.median

@@ -70,6 +70,10 @@ USAGE = {
     "dtype int8": (["--dtype", "int8"], ["--dtype must be one of float32", "'int8'"]),
     "dtype float64": (["--dtype", "float64"], ["--dtype must be one of", "'float64'"]),
     "dtype empty": (["--dtype", ""], ["--dtype must be one of", "''"]),
+    "precision int8": (
+        ["--attention-precision", "int8"],
+        ["--attention-precision must be one of 'same', 'fp8'", "'int8'"],
+    ),
     "device tpu": (["--device", "tpu"], ["--device must be", "'tpu'"]),
     "device meta": (["--device", "meta"], ["--device must be", "'meta'"]),
     "device 99": (["--device", "cuda:99"], ["--device must be", "'cuda:99'"]),

@@ -46,6 +46,7 @@ def test_the_file_repeats_itself(cli, model: Path, tmp_path: Path) -> None:
     prompt = "a 'red' $circle \"on\" the\nleft 红 -- %s"
     given = ["--model", model, "--seed", 7, "--steps", 2, "--frames", 9, "--width", 48]
     given += ["--shift", 3.5, "--true-cfg", 2, "--negative", "blue", "--fps", 12.5]
+    given += ["--attention-precision", "fp8"]
     first = cli("generate", prompt, "-o", "a.mp4", *given)
     assert first.status == 0, first.err
     metadata = read_metadata("a.mp4")
@@ -63,6 +64,7 @@ def test_the_file_repeats_itself(cli, model: Path, tmp_path: Path) -> None:
         "fps": 12.5,
         "guidance": 6.0,
         "dtype": "float32",
+        "attention-precision": "fp8",
     }
     assert {name: metadata[name] for name in expected} == expected
 
@@ -91,6 +93,7 @@ def test_the_parameters_matter(cli, model: Path) -> None:
         "true-cfg": ("--true-cfg", 4),
         "negative": ("--true-cfg", 4, "--negative", "blue star"),
         "steps": ("--steps", 3),
+        "attention-precision": ("--attention-precision", "fp8"),
     }
     clips = {}
     for name, words in changes.items():

@@ -240,9 +240,24 @@ def test_all_blocks_attend_as_the_model_was_told(generator):
     assert len(joint) == len(model.double_blocks) + len(model.single_blocks)
     with pytest.raises(ValueError, match="attention precision"):
         model.set_attention(precision="int3")
-    model.set_attention(precision="same")
+    model.set_attention(precision="fp8")
     model.set_attention()
+    assert {module.precision for module in joint} == {"fp8"}
+    model.set_attention(precision="same")
     assert {module.precision for module in joint} == {"same"}
+
+
+def test_fp8_attention_is_close_and_not_for_training(generator):
+    model = tiny_model(generator)
+    inputs = tiny_inputs(generator)
+    with torch.no_grad():
+        exact = model(**inputs)
+        model.set_attention(precision="fp8")
+        velocity = model(**inputs)
+    error = (velocity - exact).norm() / exact.norm()
+    assert 0 < error < 0.05
+    with pytest.raises(ValueError, match="fp8 attention is for inference"):
+        model(**inputs)
 
 
 @pytest.mark.gpu

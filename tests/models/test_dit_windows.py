@@ -41,7 +41,8 @@ def test_the_model_sees_less_and_then_everything_again(generator):
         model.set_attention(windows="dense")
         again = model(**inputs)
     assert (sparse - dense).abs().max() > 1e-3
-    assert_equal(wide, dense)
+    # Another kernel may answer: the sums are the same, their order need not be.
+    torch.testing.assert_close(wide, dense, rtol=1e-5, atol=1e-5)
     assert_equal(again, dense)
 
 

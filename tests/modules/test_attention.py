@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from hunyuan_fast.modules.attention import JointAttention, attend, split_heads
+from hunyuan_fast.ops import fp8_attention
 
 
 def test_equals_torch_per_sample(generator):
@@ -40,6 +41,19 @@ def test_joint_attention_equals_torch_and_writes_where_told(generator):
     assert joint(q, k, v, kv_len, out) is out
     assert torch.equal(beside[..., : 3 * 16], expected)
     assert (beside[..., 3 * 16 :] == 7).all()
+
+
+def test_joint_attention_in_fp8_is_the_op_and_has_no_gradients(generator):
+    q, k, v = torch.randn(3, 2, 17, 3, 16, generator=generator)
+    kv_len = torch.tensor([17, 13], dtype=torch.int32)
+    joint = JointAttention()
+    joint.set(precision="fp8")
+    out = torch.empty(2, 17, 3, 16)
+    assert joint(q, k, v, kv_len, out) is out
+    assert torch.equal(out, fp8_attention(q, k, v, kv_len=kv_len))
+    assert torch.equal(out, joint(q, k, v, kv_len))
+    with pytest.raises(ValueError, match="fp8 attention is for inference"):
+        joint(q.requires_grad_(), k, v, kv_len)
 
 
 def test_joint_attention_leaves_no_trace_in_a_state_dict():

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "common/sm90.cuh"
+#include "common/sm90_products.cuh"
 
 namespace sm90 = hunyuan_fast::sm90;
 

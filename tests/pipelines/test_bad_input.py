@@ -360,6 +360,16 @@ BAD_LOADING: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dtype_double": ({"dtype": torch.float64}, ValueError, r"dtype .*got torch\.float64"),
     "dtype_class": ({"dtype": float}, TypeError, r"dtype must be a torch\.dtype"),
     "dtype_number": ({"dtype": 16}, TypeError, r"dtype must be a torch\.dtype.*of type int"),
+    "attention_precision": (
+        {"attention_precision": "int8"},
+        ValueError,
+        "attention_precision must be one of 'same', 'fp8', got 'int8'",
+    ),
+    "attention_precision_none": (
+        {"attention_precision": None},
+        TypeError,
+        "attention_precision .*of type NoneType",
+    ),
     "device_unknown": ({"device": "gpu"}, ValueError, "device .*got 'gpu'"),
     "device_meta": ({"device": "meta"}, ValueError, "device must be a CPU or CUDA device"),
     "device_number": ({"device": 0}, TypeError, "device .*got 0 of type int"),

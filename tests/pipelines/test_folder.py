@@ -118,6 +118,12 @@ def test_text_parts_without_digests_are_read(copy: Path) -> None:
     assert HunyuanVideoPipeline.from_pretrained(copy).dtype == torch.float32
 
 
+def test_attention_precision_reaches_every_block(native: Path) -> None:
+    pipe = HunyuanVideoPipeline.from_pretrained(native, attention_precision="fp8")
+    blocks = (*pipe.transformer.double_blocks, *pipe.transformer.single_blocks)
+    assert {block.attention.precision for block in blocks} == {"fp8"}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
 def test_data_type_reaches_every_part(native: Path, dtype: Any) -> None:
     pipe = HunyuanVideoPipeline.from_pretrained(native, dtype=dtype)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 RECORDED_FLAGS = (
     *("model", "height", "width", "frames", "steps", "guidance", "true-cfg"),
-    *("shift", "seed", "negative", "dtype", "fps", "attention-windows"),
+    *("shift", "seed", "negative", "dtype", "attention-precision", "fps", "attention-windows"),
 )
 
 
@@ -71,6 +71,8 @@ class Options:
     """Windows that calibrate-attention wrote for this model and size: sparse attention."""
     dtype: OptionalText = None
     """float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 on a GPU."""
+    attention_precision: Annotated[str, arg(metavar="same|fp8")] = "same"
+    """same as dtype, or fp8: faster on GPUs with such products, and less exact."""
     device: OptionalText = None
     """cpu, cuda or cuda:N. Default: a GPU if there is one."""
     overwrite: bool = False
@@ -102,7 +104,12 @@ def run(argv: Sequence[str]) -> None:
         Stages(str(device), console(stderr=True)) as stages,
     ):
         with stages.stage("load"):
-            pipe = HunyuanVideoPipeline.from_pretrained(options.model, device=device, dtype=dtype)
+            pipe = HunyuanVideoPipeline.from_pretrained(
+                options.model,
+                device=device,
+                dtype=dtype,
+                attention_precision=options.attention_precision,
+            )
             pipe.transformer.set_attention(windows=windows)
         videos = pipe(**_arguments(options), progress=stages)
         made_with = {"dtype": str(pipe.dtype).removeprefix("torch."), "device": str(device)}
@@ -127,11 +134,12 @@ def _quieten_transformers() -> None:
 def _read(options: Options) -> "tuple[Request, float, AttentionWindows | None]":
     """The request with every default filled in, and the windows, before a weight is read."""
     from hunyuan_fast.pipelines.folder import read_limits
-    from hunyuan_fast.pipelines.inputs import read_request
+    from hunyuan_fast.pipelines.inputs import read_attention_precision, read_request
 
     limits = read_limits(options.model)
     arguments = _arguments(options) | {"latents": None, "output_type": "uint8", "progress": None}
     try:
+        read_attention_precision(options.attention_precision)
         request = read_request(limits, arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(in_flags(str(error))) from error
@@ -174,6 +182,7 @@ def _metadata(options: Options, request: "Request", index: int, fps: float) -> d
         shift=request.shift,
         seed=request.seeds[index],
         negative=negative,
+        **{"attention-precision": options.attention_precision},
         fps=fps,
         **{"attention-windows": options.attention_windows and str(options.attention_windows)},
     )

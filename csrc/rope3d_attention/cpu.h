@@ -1,0 +1,65 @@
+// The CPU kernels of the instruction sets this build has, and who runs them.
+#pragma once
+
+#include "common/tensor_view.h"
+#include "rope3d_attention/params.h"
+
+namespace hunyuan_fast::rope3d_attention {
+
+// Rows of all tiles are padded to a multiple of this, so that groups of 6 and of 8 rows come out even.
+constexpr int64_t kRows = 24;
+
+// Queries [first, first + count) of a head, `keys_at_once` of its keys at a time.
+struct Block {
+    int64_t b = 0;
+    int64_t n = 0;
+    int64_t first = 0;
+    int64_t count = 0;
+    int64_t keys_at_once = 0;
+};
+
+// Keys [first, first + count) of a head against all its queries, `queries_at_once` at a time. Chunks add their part
+// of dq in the order of their index, each once the one before has: the sum is the same on any number of threads.
+struct Chunk {
+    int64_t b = 0;
+    int64_t n = 0;
+    int64_t first = 0;
+    int64_t count = 0;
+    int64_t queries_at_once = 0;
+    int32_t index = 0;
+    bool is_last = false;
+    float* dq = nullptr;      // of the head, (tiles, queries_at_once, D padded to vectors)
+    int32_t* done = nullptr;  // (tiles,): chunks that have added their part
+};
+
+struct Tiles {
+    int64_t queries;
+    int64_t keys;
+};
+
+// Functions are of one dtype. Room is memory for one call, in floats, at a multiple of 64 bytes.
+struct CpuKernels {
+    // At most so many at once, so that what is at hand stays in the second-level cache.
+    Tiles (*forward_tiles)(int64_t D);
+    Tiles (*backward_tiles)(int64_t D);
+    int64_t (*padded)(int64_t D);  // to vectors
+    int64_t (*forward_room)(int64_t D, int64_t queries, int64_t keys);
+    int64_t (*backward_room)(int64_t D, int64_t queries, int64_t keys);
+    void (*forward)(ForwardParams const&, Block const&, float* room);
+    void (*backward)(BackwardParams const&, Chunk const&, float* room);
+};
+
+// One table per instruction set; the first three exist where HUNYUAN_FAST_X86 is defined, and the first of them,
+// which multiplies pairs of bfloat16, for that type alone.
+CpuKernels const& avx512_bf16_kernels();
+CpuKernels const& avx512_kernels(DType dtype);
+CpuKernels const& avx2_kernels(DType dtype);
+CpuKernels const& plain_kernels(DType dtype);
+
+// Returns when *counter has reached `value`, which another thread sees to.
+void wait_for(int32_t const* counter, int32_t value);
+
+void forward_cpu(DType dtype, ForwardParams const& params, int num_threads);
+void backward_cpu(DType dtype, BackwardParams const& params, int num_threads);
+
+}  // namespace hunyuan_fast::rope3d_attention

@@ -1,0 +1,166 @@
+// A block of queries against the keys of its head, some at a time, with running maxima and sums.
+#pragma once
+
+#include "rope3d_attention/cpu.h"
+#include "rope3d_attention/cpu_pack.h"
+
+namespace hunyuan_fast::rope3d_attention::HUNYUAN_FAST_ISA {
+
+// e^-104 is zero; what is further down would leave the range of exp2_of_product.
+constexpr float kLowestPower = -104.0f;
+
+template <class T>
+inline Vec exp(T, Vec v) {
+    return exp2_of_product<sizeof(typename T::Storage) == 2>(at_least(v, kLowestPower), Vec{} + kLog2E);
+}
+
+inline float max_lanes(Vec v) {
+    float lanes[kLanes];
+    store_as(lanes, v);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) lanes[i] = lanes[i + width] > lanes[i] ? lanes[i + width] : lanes[i];
+    }
+    return lanes[0];
+}
+
+// The larger of each lane; where either is NaN, the second or NaN.
+inline Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_maskz_max_ps(kAll, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline VecInt lane_numbers() {
+    VecInt lane{};
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    return lane;
+}
+
+// `other` in every lane from `count` on.
+inline Vec keep_or(Vec v, int64_t count, float other) {
+    return lane_numbers() < (VecInt{} + int32_t(count)) ? v : Vec{} + other;
+}
+
+// What a row of queries has seen so far: the highest scaled score, and its sums of e^(score - that).
+struct Running {
+    float* highest;
+    float* keep;  // what the last keys leave of earlier results
+    float* sums;  // kLanes of each row
+};
+
+// Words of probabilities of two vectors of scores.
+template <class T>
+inline void write_probabilities(T, float* row, int64_t key, Vec a, Vec b) {
+    store_as(row + key, a);
+    store_as(row + key + kLanes, b);
+}
+#if defined(__AVX512BF16__)
+inline Vec in_order(Vec a, Vec b) { return (Vec)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+inline void write_probabilities(BFloat16, float* row, int64_t key, Vec a, Vec b) {
+    store_as(row + key / 2, in_order(a, b));
+}
+#endif
+
+inline float highest_of(float const* scores, int64_t count, float scale) {
+    Vec highest = Vec{} - __builtin_inff();
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) highest = larger(load_as<Vec>(scores + i) * scale, highest);
+    if (i < count) {
+        highest = larger(keep_or(load_as<Vec>(scores + i) * scale, count - i, -__builtin_inff()), highest);
+    }
+    return max_lanes(highest);
+}
+
+// Scores of `rows` queries become probabilities, up to a factor for each row that is known at the end; in place,
+// where those of pairs take the first half of a row. Rows of scores hold an even number of vectors.
+template <class T>
+inline void exponentiate(T type, float* scores, int64_t row, int64_t rows, int64_t count, float scale,
+                         Running const& running) {
+    for (int64_t i = 0; i < rows; ++i, scores += row) {
+        float const before = running.highest[i];
+        float const now = highest_of(scores, count, scale);
+        float const highest = before > now ? before : now;
+        running.highest[i] = highest;
+        running.keep[i] = exp(Float32{}, Vec{} + (before - highest))[0];
+        Vec sum = load_as<Vec>(running.sums + i * kLanes) * running.keep[i];
+        for (int64_t key = 0; key < count; key += 2 * kLanes) {
+            Vec a = exp(type, load_as<Vec>(scores + key) * scale - highest);
+            Vec b = exp(type, load_as<Vec>(scores + key + kLanes) * scale - highest);
+            if (key + 2 * kLanes > count) {
+                a = keep_lanes(a, count - key);
+                b = keep_lanes(b, count - key - kLanes);
+            }
+            sum += a + b;
+            write_probabilities(type, scores, key, a, b);
+        }
+        store_as(running.sums + i * kLanes, sum);
+    }
+}
+
+template <class T>
+inline void finish(ForwardParams const& p, Block const& block, float* out, int64_t row, Running const& running) {
+    float* const lse = p.lse + (block.b * p.sizes.N + block.n) * p.sizes.L + block.first;
+    for (int64_t i = 0; i < block.count; ++i) {
+        double const sum = sum_lanes(load_as<Vec>(running.sums + i * kLanes));
+        lse[i] = float(double(running.highest[i]) + __builtin_log(sum));
+        running.keep[i] = float(1 / sum);
+    }
+    write_rows(T{}, out, row, block.count, p.sizes.D, head_of<T>(p.out, block.b, block.n, block.first), p.out.stride_l,
+               [&](int64_t i) { return running.keep[i]; });
+}
+
+// The memory of a block; `keys` at once.
+template <class T>
+struct ForwardRoom {
+    int64_t rows, scores_row, words, columns;
+    float *q, *k, *v, *scores, *out;
+    Running running;
+
+    ForwardRoom(Room& room, int64_t D, int64_t queries, int64_t keys)
+        : rows(round_up(queries, kRows)),
+          scores_row(round_up(keys, 2 * kLanes)),
+          words(round_up(words_of<T>(D), kLanes)),
+          columns(round_up(D, kLanes)),
+          q(room.take(rows * words)),
+          k(room.take(words * scores_row)),
+          v(room.take(scores_row * columns)),
+          scores(room.take(rows * scores_row)),
+          out(room.take(rows * columns)),
+          running{room.take(rows), room.take(rows), room.take(rows * kLanes)} {}
+};
+
+template <class T>
+int64_t forward_room(int64_t D, int64_t queries, int64_t keys) {
+    Room room(nullptr);
+    ForwardRoom<T>(room, D, queries, keys);
+    return room.taken();
+}
+
+template <class T>
+void forward(ForwardParams const& p, Block const& block, float* memory) {
+    int64_t const D = p.sizes.D, keys = p.lengths[block.b];
+    Room whole(memory);
+    ForwardRoom<T> const room(whole, D, block.count, block.keys_at_once);
+    pack_rows(tokens_of<T>(p.q, block.b, block.n, block.first, block.count, D), room.rows, room.q);
+    // finite: where all scores so far are -inf, their differences to it are too, and not NaN
+    for (int64_t i = 0; i < room.rows; ++i) room.running.highest[i] = -__FLT_MAX__;
+    std::memset(room.running.sums, 0, size_t(room.rows * kLanes) * sizeof(float));
+
+    for (int64_t key = 0; key < keys; key += block.keys_at_once) {
+        int64_t const count = least(block.keys_at_once, keys - key);
+        pack_columns(tokens_of<T>(p.k, block.b, block.n, key, count, D), room.k);
+        multiply<T>({room.q, room.words, 1}, block.count, room.k, words_of<T>(D), Panels(count),
+                    {room.scores, room.scores_row});
+        exponentiate(T{}, room.scores, room.scores_row, block.count, count, p.scale, room.running);
+        pack_depth(T{}, tokens_of<T>(p.v, block.b, block.n, key, count, D), room.v);
+        multiply<T>({room.scores, room.scores_row, 1}, block.count, room.v, words_of<T>(count), Panels(D),
+                    {room.out, room.columns, key ? Before::scaled : Before::ignored, room.running.keep});
+    }
+    finish<T>(p, block, room.out, room.columns, room.running);
+}
+
+}  // namespace hunyuan_fast::rope3d_attention::HUNYUAN_FAST_ISA
