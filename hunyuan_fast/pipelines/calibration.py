@@ -195,7 +195,7 @@ def choose(
 
     max_error: the cheapest window with at most this error, for every head by itself
     budget: at most this share of the FLOPs of dense attention, over all heads; what saves most for
-        the error that it adds goes first
+        the squared error that it adds goes first
     Raises ValueError when the budget cannot be met by any of the candidates.
     """
     if (max_error is None) == (budget is None):
@@ -239,10 +239,8 @@ def _within(measures: Measures, budget: float) -> dict[tuple[str, int], Sizes]:
     def offer(head: tuple[str, int]) -> None:
         steps, at = heads[head], place[head]
         if at + 1 < len(steps):
-            figures = measures.figures[head]
-            added = figures[steps[at + 1]].error - figures[steps[at]].error
-            saved = costs[steps[at]] - costs[steps[at + 1]]
-            heapq.heappush(trades, (added / saved, head))
+            slope = _slope(measures.figures[head], costs, steps[at], steps[at + 1])
+            heapq.heappush(trades, (slope, head))
 
     for head in heads:
         offer(head)
@@ -279,5 +277,6 @@ def _frontier(figures: Mapping[Sizes, Figure], costs: Mapping[Sizes, float]) -> 
 def _slope(
     figures: Mapping[Sizes, Figure], costs: Mapping[Sizes, float], dear: Sizes, cheap: Sizes
 ) -> float:
-    """Error added per FLOPs saved."""
-    return (figures[cheap].error - figures[dear].error) / (costs[dear] - costs[cheap])
+    """Squared error added per FLOPs saved: errors of heads that know nothing of each other add so."""
+    added = figures[cheap].error ** 2 - figures[dear].error ** 2
+    return added / (costs[dear] - costs[cheap])
