@@ -277,6 +277,6 @@ def _frontier(figures: Mapping[Sizes, Figure], costs: Mapping[Sizes, float]) -> 
 def _slope(
     figures: Mapping[Sizes, Figure], costs: Mapping[Sizes, float], dear: Sizes, cheap: Sizes
 ) -> float:
-    """Squared error added per FLOPs saved: errors of heads that know nothing of each other add so."""
+    """Squared error added per FLOPs saved: the errors of independent heads add up in squares."""
     added = figures[cheap].error ** 2 - figures[dear].error ** 2
     return added / (costs[dear] - costs[cheap])
