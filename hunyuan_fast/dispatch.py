@@ -151,10 +151,11 @@ class Report:
         return next(name for name, why in self.reasons[op, arch].items() if why is None)
 
     def __str__(self) -> str:
-        lines = [f"{'op':<24}{'on':<8}{'answers':<14}faster ones do not because"]
+        width = 2 + max([12, *(len(self.answering(*each)) for each in self.reasons)])
+        lines = [f"{'op':<24}{'on':<8}{'answers':<{width}}faster ones do not because"]
         for (op, arch), reasons in self.reasons.items():
             answer = self.answering(op, arch)
-            head = f"{op:<24}{arch:<8}{answer:<14}"
+            head = f"{op:<24}{arch:<8}{answer:<{width}}"
             for name, why in reasons.items():
                 if name == answer:
                     break

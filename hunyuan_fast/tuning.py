@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from statistics import median
 from types import ModuleType
@@ -71,12 +71,25 @@ def measure(
     without: Sequence[str] = (),
     progress: Progress = lambda *_: None,
 ) -> ranking.Entry:
-    """Judge and time all candidates for one problem.
+    """Judge and time all candidates of ``op`` for one problem.
 
     seconds: how long to time them, in all
     without: candidates to leave out
     Raises RuntimeError when a candidate has broken the device: nothing can be measured after it.
     """
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device:  # events are those of the current device
+        return _measure(op, problem, device, seconds, without, progress)
+
+
+def _measure(
+    op: str,
+    problem: Problem,
+    device: torch.device,
+    seconds: float,
+    without: Sequence[str],
+    progress: Progress,
+) -> ranking.Entry:
     name = str(problem)
     found = dispatch.choices(op)
     inputs = problem.draw(device)
@@ -158,8 +171,7 @@ def _judge(
             first[name] = time.perf_counter() - start
     except Exception as failure:  # libraries may raise anything, and the others go on
         first.pop(name, None)
-        lines = str(failure).strip().splitlines() or [""]
-        return f"{type(failure).__name__}: {lines[0]}"[:200]
+        return f"{type(failure).__name__}: {_first_line(failure)}"[:200]
     error[name] = worst
     if worst > 1:
         first.pop(name, None)
@@ -230,8 +242,11 @@ def _check_device(device: torch.device, candidate: str) -> None:
     try:
         _wait(device)
     except RuntimeError as error:
-        with suppress(IndexError):
-            error = RuntimeError(str(error).splitlines()[0])
+        said = _first_line(error)
         raise RuntimeError(
-            f"{candidate} has broken {device} ({error}); measure again with --without {candidate}"
+            f"{candidate} has broken {device} ({said}); measure again with --without {candidate}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

@@ -38,7 +38,7 @@ FAULTS = {
     "a tile between atoms": (0, "is not a multiple of 1024"),
     "a lane that left": (0, "which has left the kernel"),
     "plain stores not fenced": (0, "written by plain stores, and no fence_async_proxy"),
-    "read before it came": (0, "still under way|written by the copies to barrier"),
+    "read before it came": (0, "still under way|a race at byte|deadlock|wrong sums"),
 }
 PLAIN_STORES = ("beyond a tensor", "plain stores not fenced")
 

@@ -124,6 +124,20 @@ def test_the_fastest_verified_one_that_can_answers(op):
         assert dispatch.select(op, torch.zeros(500)).forward(0) == "reference"
 
 
+def test_the_report_has_room_for_the_name_of_a_library():
+    reasons = {"cuda_impl": "unverified", "library_impl.flash_attn_3": None, "reference": None}
+    report = dispatch.Report({("scale", "sm_90"): reasons}, notes=("measured here",))
+    _, row, note = str(report).splitlines()
+    assert row.split() == [
+        "scale",
+        "sm_90",
+        "library_impl.flash_attn_3",
+        "cuda_impl:",
+        "unverified",
+    ]
+    assert note == "measured here"
+
+
 def test_a_committed_ranking_holds_for_its_architecture(op):
     keep(ranking.committed_file(op), section(op, entry((F32, 3), **ALL), arch="sm_90"))
     assert answering(op, 500) == "library_impl"

@@ -175,15 +175,24 @@ def test_who_is_far_behind_is_called_no_more():
 def test_what_is_kept_answers(cache, monkeypatch, generator):
     q = torch.randn(1, 40, 2, 8, generator=generator)
     problem = Problem(torch.float32, 1, 40, 2, 8)
-    assert dispatch.select(ROOM, q, q, q, None, 0.3).__name__.endswith("library_impl")
     entry = tuning.measure(ROOM, problem, CPU, seconds=0.01)
-    slow = replace(entry, ms=entry.ms | {"library_impl.cpu_flash": 1e6})
-    tuning.keep(ROOM, "cpu", CPU, [slow])
-    assert dispatch.select(ROOM, q, q, q, None, 0.3) is reference
-    quick = replace(entry, ms=entry.ms | {"library_impl.cpu_flash": 1e-6})
-    tuning.keep(ROOM, "cpu", CPU, [quick])
-    assert dispatch.select(ROOM, q, q, q, None, 0.3) is cpu_flash
+    assert {"library_impl.cpu_flash", "reference"} <= set(entry.ms)
+    for quick, slow in ((reference, cpu_flash), (cpu_flash, reference)):
+        names = dispatch.name_of(quick), dispatch.name_of(slow)
+        tuning.keep(
+            ROOM, "cpu", CPU, [replace(entry, ms=dict(zip(names, (1.0, 2.0), strict=True)))]
+        )
+        assert dispatch.select(ROOM, q, q, q, None, 0.3) is quick
     assert len(ranking.load(cache)[0].entries) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("valid", [None, (300, 0)], ids=["whole", "padded"])
+def test_a_gpu_is_measured(valid):
+    problem = Problem(BF16, 2, 300, 4, 64, valid, training=True)
+    entry = tuning.measure(ROOM, problem, torch.device("cuda"), seconds=0.1)
+    assert {"reference", "library_impl.flash"} <= set(entry.ms), entry.declined
+    assert set(entry.ms) | set(entry.declined) == set(dispatch.choices(ROOM))
 
 
 def test_a_broken_file_is_replaced(cache):

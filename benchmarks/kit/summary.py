@@ -32,11 +32,17 @@ def committed_results(root: Path = ROOT) -> dict[str, Result]:
 
 
 def gpu_implementations(root: Path = ROOT) -> dict[str, list[str]]:
-    """For every op the implementations that are meant for GPUs, as the files in its room say."""
+    """For every op the implementations that are meant for GPUs, as the files in its room say.
+
+    In place of library_impl the libraries behind it, where there is more than one.
+    """
     found: dict[str, list[str]] = {}
     for name in _GPU_IMPLEMENTATIONS:
         for path in sorted(root.glob(f"kernels/*/{name}.py")):
-            found.setdefault(path.parent.name, []).append(name)
+            libraries = sorted(path.parent.glob("libraries/[!_]*.py"))
+            several = [f"{name}.{each.stem}" for each in libraries if each.stem[:4] != "cpu_"]
+            names = several if name == "library_impl" and several else [name]
+            found.setdefault(path.parent.name, []).extend(names)
     return dict(sorted(found.items()))
 
 

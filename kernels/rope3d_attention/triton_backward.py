@@ -66,12 +66,12 @@ def query_gradient_kernel(
     rows = first + tl.arange(0, QUERIES)
     valid = rows < end
 
-    dout = rows_of(dout_head, first, end, stride_dl, D, BLOCK_D, QUERIES)
-    out = rows_of(out_head, first, end, stride_ol, D, BLOCK_D, QUERIES)
+    dout = rows_of(dout_head, first, end, stride_dl, D, BLOCK_D, QUERIES, TMA)
+    out = rows_of(out_head, first, end, stride_ol, D, BLOCK_D, QUERIES, TMA)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
     tl.store(delta_ptr + row + rows, delta, mask=valid)
     lse = tl.load(lse_ptr + row + rows, mask=valid, other=0.0) * LOG2_E
-    q = rows_of(q_head, first, end, stride_ql, D, BLOCK_D, QUERIES)
+    q = rows_of(q_head, first, end, stride_ql, D, BLOCK_D, QUERIES, TMA)
     k_rows = source(k_head, end, stride_kl, D, BLOCK_D, KEYS, TMA)
     v_rows = source(v_head, end, stride_vl, D, BLOCK_D, KEYS, TMA)
     seen = tl.where(first < end, end, 0)
@@ -140,8 +140,8 @@ def key_gradient_kernel(
     b, n, first, end = place(kv_len_ptr, num_heads, length, KEYS)
     k_head = k_ptr + b * stride_kb + n * stride_kn
     v_head = v_ptr + b * stride_vb + n * stride_vn
-    k = rows_of(k_head, first, end, stride_kl, D, BLOCK_D, KEYS)
-    v = rows_of(v_head, first, end, stride_vl, D, BLOCK_D, KEYS)
+    k = rows_of(k_head, first, end, stride_kl, D, BLOCK_D, KEYS, TMA)
+    v = rows_of(v_head, first, end, stride_vl, D, BLOCK_D, KEYS, TMA)
     q_head = q_ptr + b * stride_qb + n * stride_qn
     dout_head = dout_ptr + b * stride_db + n * stride_dn
     q_rows = source(q_head, end, stride_ql, D, BLOCK_D, QUERIES, TMA)
@@ -212,14 +212,21 @@ def _add_to_dk_dv(
     TAIL: tl.constexpr,
 ):
     """The shares of one tile of queries."""
-    rows = start + tl.arange(0, QUERIES)
-    if TAIL:
-        # Where no query is, no probability either.
-        lse = tl.load(lse_row + rows, mask=rows < end, other=float("inf"))
-        delta = tl.load(delta_row + rows, mask=rows < end, other=0.0)
-    else:
-        lse, delta = tl.load(lse_row + rows), tl.load(delta_row + rows)
+    # Where no query is, no probability either.
+    lse = _row(lse_row, start, end, float("inf"), QUERIES, TAIL)
     p = tl.exp2(tl.dot(k, tl.trans(q)) * score_scale - (lse * LOG2_E)[None, :])
     dv = tl.dot(p.to(dout.dtype), dout, dv)
+    delta = _row(delta_row, start, end, 0.0, QUERIES, TAIL)
     ds = p * (tl.dot(v, tl.trans(dout)) - delta[None, :])
     return tl.dot(ds.to(q.dtype), q, dk), dv
+
+
+@triton.jit
+def _row(ptr, start, end, other, QUERIES: tl.constexpr, TAIL: tl.constexpr):
+    """A number for each of a tile of queries."""
+    rows = start + tl.arange(0, QUERIES)
+    if TAIL:
+        x = tl.load(ptr + rows, mask=rows < end, other=other)
+    else:
+        x = tl.load(ptr + rows)
+    return x

@@ -7,7 +7,8 @@ every run. The price is seven matrix products backward in place of five.
 """
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import triton
@@ -55,12 +56,13 @@ def forward(
     q, k, v = (_rows(x) for x in (q, k, v))
     result = out if out is not None and out.stride(-1) == 1 else q.new_empty(q.shape)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    tile = forward_tile(q.shape[-1], _arch(q))
-    with _device_of(q):
+    tile = forward_tile(q.shape[-1], _arch(q), _aligned(q, k, v))
+    with _launching(q, tile):
         forward_kernel[_grid(q, tile.queries)](
             *(q, k, v, kv_len, result, lse),
             *(q.shape[2], q.shape[1], scale),
             *_strides(q, k, v, result),
+            AHEAD=tile.ahead,
             **_constants(q, tile),
         )
     if out is not None and result is not out:
@@ -85,15 +87,16 @@ def backward(
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     delta = torch.empty_like(lse)
     sizes = q.shape[2], q.shape[1], scale
-    with _device_of(q):
-        tile = query_gradient_tile(q.shape[-1], _arch(q))
+    tile = query_gradient_tile(q.shape[-1], _arch(q), _aligned(dout, out, q, k, v))
+    with _launching(q, tile):
         query_gradient_kernel[_grid(q, tile.queries)](
             *(dout, out, lse, q, k, v, kv_len, dq, delta),
             *sizes,
             *_strides(dout, out, q, k, v),
             **_constants(q, tile),
         )
-        tile = key_gradient_tile(q.shape[-1], _arch(q))
+    tile = key_gradient_tile(q.shape[-1], _arch(q), _aligned(dout, q, k, v))
+    with _launching(q, tile):
         key_gradient_kernel[_grid(q, tile.keys)](
             *(dout, lse, delta, q, k, v, kv_len, dk, dv),
             *sizes,
@@ -138,5 +141,27 @@ def _arch(q: Tensor) -> int:
     return 10 * major + minor
 
 
-def _device_of(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can name the rows: from multiples of 16 bytes, one by one."""
+    return all(
+        x.data_ptr() % 16 == 0
+        and all(stride % 8 == 0 for stride in x.stride()[:3])
+        and x.stride(1) > 0
+        for x in tensors
+    )
+
+
+@contextmanager
+def _launching(q: Tensor, tile: Tile) -> Iterator[None]:
+    """On the device of q, with memory for the tensor descriptors that the programs make."""
+    if not q.is_cuda:
+        yield
+        return
+    with torch.cuda.device(q.device):
+        if tile.descriptors:
+            triton.set_allocator(_scratch)
+        yield
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -30,14 +30,6 @@ def place(kv_len_ptr, num_heads, length, ROWS: tl.constexpr):
 
 
 @triton.jit
-def rows_of(ptr, first, end, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
-    """A block of rows of a head, zeros from row ``end`` on."""
-    rows, d = first + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    inside = (rows < end)[:, None] & (d < D)[None, :]
-    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
 def source(
     ptr,
     end,
@@ -92,6 +84,22 @@ def tile(
 
 
 @triton.jit
+def rows_of(
+    ptr,
+    first,
+    end,
+    stride,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """A block of rows of a head, which a program keeps; zeros from row ``end`` on."""
+    rows = source(ptr, end, stride, D, BLOCK_D, ROWS, TMA)
+    return tile(rows, first, end, stride, D, BLOCK_D, ROWS, TMA, TAIL=True)
+
+
+@triton.jit
 def store(ptr, x, first, end, length, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows before ``end``, and zeros after it."""
     rows, d = first + tl.arange(0, x.shape[0]), tl.arange(0, BLOCK_D)
@@ -102,36 +110,20 @@ def store(ptr, x, first, end, length, stride, D: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit
-def _attend(
-    highest,
-    total,
-    sums,
-    q,
-    k_rows,
-    v_rows,
-    start,
-    end,
-    score_scale,
-    stride_kl,
-    stride_vl,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    KEYS: tl.constexpr,
-    TMA: tl.constexpr,
-    TAIL: tl.constexpr,
-):
-    """One tile of keys enters the highest scores, the totals and the sums of a block of queries."""
-    k = tile(k_rows, start, end, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL)
-    scores = tl.dot(q, tl.trans(k))
-    if TAIL:
-        scores = tl.where((tl.arange(0, KEYS) < end - start)[None, :], scores, -float("inf"))
+def _weigh(highest, total, scores, score_scale):
+    """A tile of scores enters the highest ones and the totals of a block of queries.
+
+    Also returns the weights of the tile, and the factor of all sums so far.
+    """
     higher = tl.maximum(highest, tl.max(scores, axis=1) * score_scale)
     p = tl.exp2(scores * score_scale - higher[:, None])
     correction = tl.exp2(highest - higher)
-    total = total * correction + tl.sum(p, axis=1)
-    v = tile(v_rows, start, end, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL)
-    sums = tl.dot(p.to(v.dtype), v, sums * correction[:, None])
-    return higher, total, sums
+    return higher, total * correction + tl.sum(p, axis=1), p, correction
+
+
+@triton.jit
+def _mask(scores, start, end, KEYS: tl.constexpr):
+    return tl.where((tl.arange(0, KEYS) < end - start)[None, :], scores, -float("inf"))
 
 
 @triton.jit(do_not_specialize=["num_heads", "length"])
@@ -162,59 +154,58 @@ def forward_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """Outputs and log-sum-exp of a block of queries."""
+    """Outputs and log-sum-exp of a block of queries.
+
+    AHEAD: the scores of the next tile are asked for before those of this one are made use of, so
+    that the matrix unit of Hopper has work (this product, and the sums of the tile before) while
+    the exponentials are taken. It costs the registers of a second tile of scores.
+    """
     b, n, first, end = place(kv_len_ptr, num_heads, length, QUERIES)
-    q = rows_of(q_ptr + b * stride_qb + n * stride_qn, first, end, stride_ql, D, BLOCK_D, QUERIES)
+    q_head = q_ptr + b * stride_qb + n * stride_qn
+    q = rows_of(q_head, first, end, stride_ql, D, BLOCK_D, QUERIES, TMA)
     k_head = k_ptr + b * stride_kb + n * stride_kn
     v_head = v_ptr + b * stride_vb + n * stride_vn
     k_rows = source(k_head, end, stride_kl, D, BLOCK_D, KEYS, TMA)
     v_rows = source(v_head, end, stride_vl, D, BLOCK_D, KEYS, TMA)
     seen = tl.where(first < end, end, 0)
-    whole = seen // KEYS * KEYS
     score_scale = scale * LOG2_E
 
     highest = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     sums = tl.zeros([QUERIES, BLOCK_D], tl.float32)
-    for start in range(0, whole, KEYS):
-        highest, total, sums = _attend(
-            highest,
-            total,
-            sums,
-            q,
-            k_rows,
-            v_rows,
-            start,
-            end,
-            score_scale,
-            stride_kl,
-            stride_vl,
-            D,
-            BLOCK_D,
-            KEYS,
-            TMA,
-            TAIL=False,
-        )
-    for start in tl.range(whole, seen, KEYS, num_stages=1):
-        highest, total, sums = _attend(
-            highest,
-            total,
-            sums,
-            q,
-            k_rows,
-            v_rows,
-            start,
-            end,
-            score_scale,
-            stride_kl,
-            stride_vl,
-            D,
-            BLOCK_D,
-            KEYS,
-            TMA,
-            TAIL=True,
-        )
+    if AHEAD:
+        last = tl.maximum(tl.cdiv(seen, KEYS) - 1, 0) * KEYS
+        # For a block of padding this is past the end, and zeros.
+        begin = tl.where(seen > 0, 0, length)
+        k = tile(k_rows, begin, end, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=True)
+        scores = tl.dot(q, tl.trans(k))
+        for start in range(0, last, KEYS):
+            highest, total, p, correction = _weigh(highest, total, scores, score_scale)
+            k = tile(k_rows, start + KEYS, end, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=True)
+            scores = tl.dot(q, tl.trans(k))
+            v = tile(v_rows, start, end, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=False)
+            sums = tl.dot(p.to(v.dtype), v, sums * correction[:, None])
+        for start in tl.range(last, seen, KEYS, num_stages=1):
+            scores = _mask(scores, start, end, KEYS)
+            highest, total, p, correction = _weigh(highest, total, scores, score_scale)
+            v = tile(v_rows, start, end, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=True)
+            sums = tl.dot(p.to(v.dtype), v, sums * correction[:, None])
+    else:
+        whole = seen // KEYS * KEYS
+        for start in range(0, whole, KEYS):
+            k = tile(k_rows, start, end, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=False)
+            scores = tl.dot(q, tl.trans(k))
+            highest, total, p, correction = _weigh(highest, total, scores, score_scale)
+            v = tile(v_rows, start, end, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=False)
+            sums = tl.dot(p.to(v.dtype), v, sums * correction[:, None])
+        for start in tl.range(whole, seen, KEYS, num_stages=1):
+            k = tile(k_rows, start, end, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=True)
+            scores = _mask(tl.dot(q, tl.trans(k)), start, end, KEYS)
+            highest, total, p, correction = _weigh(highest, total, scores, score_scale)
+            v = tile(v_rows, start, end, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=True)
+            sums = tl.dot(p.to(v.dtype), v, sums * correction[:, None])
 
     rows = first + tl.arange(0, QUERIES)
     total = tl.where(rows < end, total, 1.0)  # a block of padding has no total

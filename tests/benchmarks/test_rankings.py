@@ -7,8 +7,10 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks.kit import rankings
+from benchmarks.kit.discover import RESULTS
 from benchmarks.kit.rankings import NotCommitted, commit, proven, verify
-from hunyuan_fast import ranking
+from benchmarks.kit.record import load
+from hunyuan_fast import dispatch, ranking
 from hunyuan_fast.ranking import Entry, Section
 from tests.benchmarks.fakes import result
 
@@ -97,6 +99,13 @@ def test_an_architecture_is_added_to_a_module(before, after, tmp_path):
     path.write_text(text.format(before))
     assert verify(path, "sm_90") == (after is not None)
     assert path.read_text() == text.format(after or before)
+
+
+@pytest.mark.parametrize("op", [op for op in dispatch.ops() if ranking.is_ranked(op)])
+def test_a_committed_ranking_has_a_result_of_its_device(op):
+    results = [load(path) for path in sorted(RESULTS.glob("*/*.json"))]
+    for each in ranking.load(ranking.committed_file(op)):
+        rankings._need_evidence(each, results)
 
 
 def test_the_command_tells_what_is_missing(tmp_path, monkeypatch, capsys):

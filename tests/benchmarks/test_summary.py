@@ -102,10 +102,16 @@ def test_a_gpu_result_verifies_what_it_timed():
 
 
 def test_implementations_for_gpus_are_read_from_the_rooms(tmp_path):
-    for name in ("scale/cuda_impl.py", "scale/cpu_impl.py", "add/triton_impl.py"):
+    libraries = (f"attend/libraries/{name}.py" for name in ("__init__", "cpu_flash", "cudnn"))
+    rooms = ("scale/cuda_impl.py", "scale/cpu_impl.py", "add/triton_impl.py", "add/library_impl.py")
+    for name in (*rooms, "attend/library_impl.py", *libraries):
         (tmp_path / "kernels" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "kernels" / name).touch()
-    assert gpu_implementations(tmp_path) == {"add": ["triton_impl"], "scale": ["cuda_impl"]}
+    assert gpu_implementations(tmp_path) == {
+        "add": ["triton_impl", "library_impl"],
+        "attend": ["library_impl.cudnn"],
+        "scale": ["cuda_impl"],
+    }
 
 
 def test_the_page_is_up_to_date():

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from benchmarks.nano_attention import Keeping, psnr
 from hunyuan_fast.cli import main
 from hunyuan_fast.models.weights.hub import ASSETS
 from hunyuan_fast.pipelines import HunyuanVideoPipeline
@@ -37,6 +38,19 @@ def test_held_out_prompts_are_followed(trials, what, least):
     share = accuracy(trials)[what]
     wrong = [(trial.prompt, trial.seen) for trial in trials if not trial.right[what]]
     assert share >= least, f"{what} right in {share:.0%}; wrong: {wrong[:8]}"
+
+
+def test_attention_in_eight_bits_shows_the_same():
+    """`python -m benchmarks.nano_attention` compares more prompts."""
+    latents = {}
+    for precision in ("same", "fp8"):
+        keeping = Keeping(
+            HunyuanVideoPipeline.from_pretrained("nano", attention_precision=precision)
+        )
+        assert accuracy(run_trials(keeping, held_out_prompts(2)))["all"] == 1
+        latents[precision] = keeping.latents
+    values = psnr(latents["fp8"], latents["same"])
+    assert all(30 < value < 90 for value in values), values
 
 
 def test_held_out_clips_come_back_from_the_latents(pipe):

@@ -29,7 +29,9 @@ uint64_t exchange(uint32_t lanes, uint64_t value, int from_lane) {
         for (int lane = 0; lane < kWarp; ++lane) {
             if ((lanes >> lane & 1) == 0) continue;
             auto const& each = brought<Exchange>(lane);
-            if ((lanes >> each.from & 1) == 0) fail("__shfl_sync: lane %d asks lane %d, which is not here", lane, each.from);
+            if ((lanes >> each.from & 1) == 0) {
+                fail("__shfl_sync: lane %d asks lane %d, which is not here", lane, each.from);
+            }
             *each.result = brought<Exchange>(each.from).value;
         }
     });
@@ -114,6 +116,37 @@ void arrive_named(int barrier, int threads) {
 
 void sync_block() { sync_named(0, int(block().fibers.size())); }
 
+// ---- the barrier of a cluster: of all threads that have not left the kernel
+
+namespace {
+
+void settle_cluster() {
+    auto& barrier = machine.cluster_barrier;
+    size_t unfinished = 0;
+    for (auto const& each : machine.cluster) unfinished += each->unfinished;
+    if (barrier.arrived == 0 || barrier.arrived < int(unfinished)) return;
+    barrier.arrived = 0;
+    barrier.published = barrier.gathered;
+    wake_all(barrier.waiting);
+}
+
+}  // namespace
+
+void leave_cluster_barrier() { settle_cluster(); }
+
+void sync_cluster() {
+    auto const come = [] {
+        auto& barrier = machine.cluster_barrier;
+        barrier.gathered.learn(self().clock);
+        barrier.arrived += kWarp;
+        barrier.waiting.push_back(&self());
+        settle_cluster();
+        if (!barrier.waiting.empty()) block_for({Waiting::cluster, "barrier.cluster"});
+        self().clock.learn(barrier.published);
+    };
+    together("barrier.cluster", kAll, nullptr, come, true);
+}
+
 // ---- barriers in shared memory: "mbarrier"
 
 namespace {
@@ -165,15 +198,15 @@ Barrier& barrier_at(uint32_t address, char const* what) {
 
 void init_barrier(uint32_t address, int arrivals) {
     auto& clock = self().clock;
-    block().shared.reserve(address, clock, clock.now(self().number));
-    clock.step(self().number);
+    block().shared.reserve(address, clock, clock.now(self().source));
+    clock.step(self().source);
     if (arrivals < 1 || arrivals > kMostArrivals) fail("init_barrier: %d arrivals", arrivals);
     auto const [place, fresh] = block().barriers.try_emplace(address);
     Barrier& barrier = place->second;
     if (!fresh) fail("init_barrier: it has begun before: %s", describe(address, barrier).c_str());
     barrier.expected = barrier.pending = arrivals;
     barrier.component = new_component("the copies to barrier " + std::to_string(address - kSharedBase));
-    barrier.arrived = barrier.published = Clock(int(block().fibers.size()) + kSources);
+    barrier.arrived = barrier.published = new_clock();
 }
 
 void count_arrival(uint32_t address) {
@@ -193,9 +226,19 @@ void arrive(uint32_t address, uint32_t expected_bytes) {
     Barrier& barrier = barrier_at(address, "arrive");
     block().shared.check_barrier(address, self().clock, true, "arrive");
     barrier.arrived.learn(self().clock);
-    self().clock.step(self().number);
+    self().clock.step(self().source);
     barrier.bytes += expected_bytes;
     if (barrier.bytes > kMostBytes) settle(address, barrier);
+    --barrier.pending;
+    settle(address, barrier);
+}
+
+void arrive_remote(uint32_t address, int rank) {
+    InBlock const there(block_of_cluster(rank, "arrive_remote"));
+    Barrier& barrier = barrier_at(address, "arrive_remote");
+    block().shared.check_barrier(address, self().clock, true, "arrive_remote");
+    barrier.arrived.learn(self().clock);
+    self().clock.step(self().source);
     --barrier.pending;
     settle(address, barrier);
 }
@@ -215,7 +258,7 @@ void wait(uint32_t address, uint32_t parity) {
 void fence_async_proxy() {
     block().shared.fence();
     self().clock.fence();
-    self().clock.step(self().number);
+    self().clock.step(self().source);
 }
 
 // ---- registers

@@ -20,10 +20,12 @@ constexpr int kGroup = 128;
 constexpr uint32_t kAll = ~0u;
 constexpr int kSources = 192;  // of events beside threads: warpgroups, barriers, threads that store
 
+struct Block;
+
 // When asynchronous work is done.
 enum class Timing { late, early, drawn };
 
-enum class Waiting { nothing, warp, barrier, named, issue, registers };
+enum class Waiting { nothing, warp, barrier, named, cluster, issue, registers };
 
 // What a thread waits for, for reports.
 struct Reason {
@@ -43,6 +45,7 @@ struct WarpCall {
 
 // A copy from shared to global memory, of a group of its thread.
 struct Store {
+    Block* block = nullptr;
     uint32_t from = 0;
     uint32_t bytes = 0;
     bool adds = false;
@@ -63,7 +66,9 @@ struct ChunkCopy {
 };
 
 struct Fiber {
+    Block* block = nullptr;
     int number = 0;
+    int source = 0;  // of events: a component of clocks
     enum { ready, waiting, done } state = ready;
     bool started = false;
     ucontext_t entry;
@@ -101,6 +106,7 @@ struct NamedBarrier {
 // On its way to shared memory: a run of bytes, a box, or the chunks of a thread.
 struct Copy {
     enum { bulk, box, chunks } kind = bulk;
+    Block* block = nullptr;
     uint32_t to = 0;
     uint32_t bytes = 0;
     char const* from = nullptr;
@@ -156,20 +162,19 @@ struct Group {
 };
 
 struct Block {
-    explicit Block(Shape const& shape);
+    Block(Shape const& shape, Index const& index, int rank);
 
     Shape shape;
+    Index index;
+    int rank;  // in its cluster
+    size_t unfinished;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     std::vector<Group> groups;
-    std::vector<Fiber*> ready;
     std::vector<int> favour;  // of warps
     Shared shared;
     std::map<uint32_t, Barrier> barriers;
     NamedBarrier named[16];
-    std::vector<Copy> copies;
-    std::vector<std::shared_ptr<Store>> stores;
-    std::vector<std::string> sources;  // of the components of clocks, by name
     int free_registers = 0;
     std::vector<Fiber*> waiting_for_registers;
     int elected = 0;
@@ -180,11 +185,17 @@ struct Block {
 struct Machine {
     uint64_t seed = 0;
     int processors = 3;
-    Timing copies = Timing::late;
-    Timing products = Timing::late;
+    Timing copy_timing = Timing::late;
+    Timing product_timing = Timing::late;
     bool by_favour = false;
     std::mt19937_64 random;
-    std::unique_ptr<Block> block;
+    std::vector<std::unique_ptr<Block>> cluster;  // blocks under way together
+    NamedBarrier cluster_barrier;
+    std::vector<Fiber*> ready;
+    std::vector<Copy> copies;
+    std::vector<std::shared_ptr<Store>> stores;
+    std::vector<std::string> sources;  // of the components of clocks, by name
+    Block* block = nullptr;            // that of what happens
     Fiber* running = nullptr;
     std::string fault;
 
@@ -199,8 +210,24 @@ inline Fiber& self() { return *machine.running; }
 inline int warp_of(Fiber const& fiber) { return fiber.number / kWarp; }
 inline int lane_of(Fiber const& fiber) { return fiber.number % kWarp; }
 
+// For what happens to a block that is not the running thread's.
+class InBlock {
+public:
+    explicit InBlock(Block& block) : before_(machine.block) { machine.block = &block; }
+    ~InBlock() { machine.block = before_; }
+    InBlock(InBlock const&) = delete;
+    InBlock& operator=(InBlock const&) = delete;
+
+private:
+    Block* before_;
+};
+
+// A block of the cluster that still runs.
+Block& block_of_cluster(int rank, char const* what);
+
 // A component of clocks for a source of events.
 int new_component(std::string const& source);
+Clock new_clock();
 std::string source_of(Stamp const& stamp);
 
 // Memory of a tensor; all that a kernel may touch.
@@ -212,8 +239,7 @@ void pause();                       // lets others run
 void block_for(Reason const& why);  // until woken
 void wake(Fiber& fiber);
 void wake_all(std::vector<Fiber*>& fibers);
-void run_block(std::function<void()> const& kernel);
-std::string who_waits();
+void run_cluster(std::function<void()> const& kernel);
 
 // True in the thread that arrives last and acts for the lanes; the others return when it has released them.
 bool gather(char const* what, uint32_t lanes, void const* data, bool tell);
@@ -240,6 +266,7 @@ void count_bytes(uint32_t barrier, int64_t bytes);
 Stamp phase_of(uint32_t barrier);  // the one under way
 std::string describe(uint32_t address, Barrier const& barrier);
 
+void leave_cluster_barrier();  // barriers.cpp; when a thread leaves the kernel
 bool land_some_copy();    // copies.cpp; false where none is under way
 bool do_some_store();
 void finish_stores();

@@ -43,6 +43,7 @@ public:
         for (size_t i = 0; i < half(); ++i) counts_[half() + i] = std::max(counts_[half() + i], counts_[i]);
     }
 
+    int components() const { return int(half()); }
     Stamp now(int component) const { return {component, counts_[size_t(component)]}; }
     void step(int component) { ++counts_[size_t(component)]; }
 

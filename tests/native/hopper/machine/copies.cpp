@@ -73,6 +73,7 @@ void land_chunks(Copy const& copy) {
 }
 
 void land(Copy const& copy) {
+    InBlock const there(*copy.block);
     if (copy.kind == Copy::chunks) return land_chunks(copy);
     if (copy.kind == Copy::box) {
         land_box(copy);
@@ -84,8 +85,9 @@ void land(Copy const& copy) {
 }
 
 void begin(Copy&& copy) {
-    if (machine.copies == Timing::early) return land(copy);
-    block().copies.push_back(std::move(copy));
+    copy.block = &block();
+    if (machine.copy_timing == Timing::early) return land(copy);
+    machine.copies.push_back(std::move(copy));
 }
 
 void begin_shared(Copy& copy, uint32_t multiple, char const* what) {
@@ -99,11 +101,13 @@ void begin_shared(Copy& copy, uint32_t multiple, char const* what) {
 
 // One of those under way; those of a thread by cp.async come in order.
 bool land_some_copy() {
-    auto& copies = block().copies;
+    auto& copies = machine.copies;
     if (copies.empty()) return false;
     size_t chosen = machine.random() % copies.size();
     if (copies[chosen].kind == Copy::chunks) {
-        auto const same = [&](Copy const& c) { return c.kind == Copy::chunks && c.thread == copies[chosen].thread; };
+        auto const same = [&](Copy const& c) {
+            return c.kind == Copy::chunks && c.block == copies[chosen].block && c.thread == copies[chosen].thread;
+        };
         chosen = size_t(std::find_if(copies.begin(), copies.end(), same) - copies.begin());
     }
     Copy const copy = std::move(copies[chosen]);
@@ -150,6 +154,15 @@ void copy_tensor(uint32_t to, void const* map, int const (&at)[4], uint32_t barr
     begin(std::move(copy));
 }
 
+void copy_tensor_to_cluster(uint32_t to, void const* map, int const (&at)[4], uint32_t barrier, uint32_t blocks) {
+    if (blocks == 0) fail("copy_tensor_to_cluster: to no block");
+    for (int rank = 0; rank < 16; ++rank) {
+        if ((blocks >> rank & 1) == 0) continue;
+        InBlock const there(block_of_cluster(rank, "copy_tensor_to_cluster"));
+        copy_tensor(to, map, at, barrier);
+    }
+}
+
 // ---- stores
 
 namespace {
@@ -182,6 +195,7 @@ void write_box(Store const& store) {
 void write_global(Store& store) {
     if (store.written) return;
     store.written = true;
+    InBlock const there(*store.block);
     read_shared(store);
     if (store.adds) {
         add(store);
@@ -199,10 +213,11 @@ void begin_store(Store&& store, uint32_t multiple, char const* what) {
     }
     store.done = {own.store_component, ++own.begun_stores};
     for (uint32_t i = 0; i < store.bytes; i += kChunk) shared.begin_read(store.from + i, own.clock, store.done, what);
+    store.block = &block();
     auto const kept = std::make_shared<Store>(std::move(store));
-    if (machine.copies == Timing::early) write_global(*kept);
+    if (machine.copy_timing == Timing::early) write_global(*kept);
     self().open.push_back(kept);
-    block().stores.push_back(kept);
+    machine.stores.push_back(kept);
 }
 
 void end_read(Store& store) {
@@ -248,7 +263,7 @@ void wait_for_stores(int pending, bool reads_only) {
 }
 
 bool do_some_store() {
-    auto& stores = block().stores;
+    auto& stores = machine.stores;
     if (stores.empty()) return false;
     write_global(*stores[machine.random() % stores.size()]);
     return true;
@@ -256,11 +271,11 @@ bool do_some_store() {
 
 // When all threads have left.
 void finish_stores() {
-    for (auto const& store : block().stores) {
+    for (auto const& store : machine.stores) {
         if (!store->waited) fail("the block ends, and no wait says that a store has read its shared memory");
         write_global(*store);
     }
-    if (!block().copies.empty()) fail("the block ends while copies are under way to its shared memory");
+    machine.stores.clear();
 }
 
 // ---- stmatrix: lane l holds values 2 (l % 4) and the next of row l / 4 of each matrix
@@ -290,7 +305,7 @@ void store_matrix(uint32_t to, uint32_t const* registers, bool transposed) {
             block().shared.at(address, kChunk, kChunk, "stmatrix");
             int const thread = warp_of(self()) * kWarp + lane;
             auto const& clock = block().fibers[size_t(thread)].clock;
-            Stamp const done = clock.now(thread);
+            Stamp const done = clock.now(block().fibers[size_t(thread)].source);
             block().shared.write(address, matrices[lane / 8][lane % 8], kChunk, clock, done, "stmatrix");
         }
     });

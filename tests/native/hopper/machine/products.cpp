@@ -62,7 +62,8 @@ std::vector<uint32_t> chunks_along_k(Descriptor const& d, int rows, char const* 
     std::vector<uint32_t> chunks;
     for (int row = 0; row < rows; ++row)
         for (uint32_t chunk = 0; chunk < 2; ++chunk) {
-            chunks.push_back(swizzled(d.start + uint32_t(row / 8) * d.stride + uint32_t(row % 8) * 128 + chunk * kChunk));
+            uint32_t const in_row = d.start + uint32_t(row % 8) * 128 + chunk * kChunk;
+            chunks.push_back(swizzled(in_row + uint32_t(row / 8) * d.stride));
         }
     return chunks;
 }
@@ -71,7 +72,8 @@ std::vector<uint32_t> chunks_along_k(Descriptor const& d, int rows, char const* 
 // Eight such rows are a stride from the next eight.
 std::vector<uint32_t> chunks_along_mn(Descriptor const& d, int count, char const* operand) {
     if (d.start % 1024 != 0) {
-        fail("multiply: %s begins at byte %lld, which is no multiple of 1024", operand, (long long)d.start - kSharedBase);
+        fail("multiply: %s begins at byte %lld, which is no multiple of 1024", operand,
+             (long long)d.start - kSharedBase);
     }
     std::vector<uint32_t> chunks;
     for (int k = 0; k < 16; ++k)
@@ -84,7 +86,9 @@ std::vector<uint32_t> chunks_along_mn(Descriptor const& d, int count, char const
 
 std::vector<uint32_t> chunks_of(uint64_t bits, bool along_mn, int count, char const* operand) {
     Descriptor const d = decoded(bits, operand);
-    if (d.stride % 1024 != 0 || d.stride == 0) fail("multiply: %s has groups of eight rows %u bytes apart", operand, d.stride);
+    if (d.stride % 1024 != 0 || d.stride == 0) {
+        fail("multiply: %s has groups of eight rows %u bytes apart", operand, d.stride);
+    }
     if (!along_mn) return chunks_along_k(d, count, operand);
     if (count > 64 && (d.leading % 1024 != 0 || d.leading == 0)) {
         fail("multiply: %s has blocks of 64 neighbours %u bytes apart", operand, d.leading);
@@ -223,7 +227,7 @@ void issue(Group& group, uint64_t number) {
         for (auto const* operand : {&product.a, &product.b})
             for (uint32_t const chunk : *operand) block().shared.begin_read(chunk, product.known, done, "multiply");
     }
-    if (machine.products == Timing::early) compute_until(group, number + 1);
+    if (machine.product_timing == Timing::early) compute_until(group, number + 1);
     wake_all(group.waiting);
 }
 
@@ -236,7 +240,8 @@ void ask(ProductCall const& call) {
     if (product.commit) fail("multiply: another warp of the warpgroup ends a group of products here");
     Warp::Held* held = held_sums(warp, brought<ProductCall>(0).sums);
     if (!warp.fenced && (held == nullptr || call.fragment != nullptr)) {
-        fail("multiply: thread %d has not called fence_products since it touched registers of a product", self().number);
+        fail("multiply: thread %d has not called fence_products since it touched registers of a product",
+             self().number);
     }
     if (product.warps == 0) {
         product.call = call;
@@ -253,7 +258,9 @@ void ask(ProductCall const& call) {
         warp.held.push_back({product.sums, 0});
         held = &warp.held.back();
     }
-    if (held->sums->columns != call.columns) fail("multiply: sums of %d columns used as %d", held->sums->columns, call.columns);
+    if (held->sums->columns != call.columns) {
+        fail("multiply: sums of %d columns used as %d", held->sums->columns, call.columns);
+    }
     held->last = warp.next;
     if (call.fragment != nullptr) take_fragments(product);
     if (++product.warps == 4) issue(group, warp.next);
@@ -339,6 +346,7 @@ void wait_for_products(int pending) {
 }
 
 bool compute_some_product() {
+    InBlock const there(*machine.cluster[machine.random() % machine.cluster.size()]);
     auto& groups = block().groups;
     Group& group = groups[machine.random() % groups.size()];
     if (group.computed >= group.end() || group.at(group.computed).warps < 4) return false;
