@@ -4,6 +4,7 @@
 
 #include "common/check.h"
 #include "common/registry.h"
+#include "common/streaming.h"
 #include "common/tensor_caster.h"
 #include "rope3d_attention/cpu.h"
 
@@ -77,6 +78,7 @@ void forward_host(TensorView const& q, TensorView const& k, TensorView const& v,
     fill(p, sizes, q, k, v, lengths, scale);
     p.out = heads(out, "out", q.dtype, sizes);
     p.lse = sums(lse, sizes);
+    prefer_huge_pages(out);
     forward_cpu(q.dtype, p, num_threads);
 }
 
@@ -93,6 +95,7 @@ void backward_host(TensorView const& dout, TensorView const& out, TensorView con
     p.dq = heads(dq, "dq", q.dtype, sizes);
     p.dk = heads(dk, "dk", q.dtype, sizes);
     p.dv = heads(dv, "dv", q.dtype, sizes);
+    for (TensorView const* each : {&dq, &dk, &dv}) prefer_huge_pages(*each);
     backward_cpu(q.dtype, p, num_threads);
 }
 

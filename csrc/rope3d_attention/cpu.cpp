@@ -14,7 +14,7 @@ namespace hunyuan_fast::rope3d_attention {
 namespace {
 
 // Most of the memory for dq of the heads under way, unless a head for each thread needs more.
-constexpr int64_t kMostBytes = 32 * 1024 * 1024;
+constexpr int64_t kMostBytes = 8 * 1024 * 1024;
 
 CpuKernels const& kernels(DType dtype) {
     switch (cpu_isa()) {
@@ -70,7 +70,7 @@ Plan plan_of(int64_t length, int64_t D, CpuKernels const& kernel) {
     plan.chunks = parts_of(length, plan.keys);
     plan.queries = even_part(length, most.queries, kRows);
     plan.tiles = parts_of(length, plan.queries);
-    plan.dq_floats = plan.tiles * plan.queries * kernel.padded(D);
+    plan.dq_floats = plan.chunks > 1 ? plan.tiles * plan.queries * kernel.padded(D) : 0;
     return plan;
 }
 
@@ -92,8 +92,8 @@ std::vector<Chunk> chunks_of(BackwardParams const& p, std::vector<Head> const& h
             if (index < plan.chunks) {
                 int64_t const first = index * plan.keys, count = std::min(plan.keys, p.lengths[head.b] - first);
                 bool const is_last = index + 1 == plan.chunks;
-                chunks.push_back({head.b, head.n, first, count, plan.queries, int32_t(index), is_last, dq_of_head,
-                                  done_of_head});
+                chunks.push_back({head.b, head.n, first, count, plan.queries, int32_t(index), is_last,
+                                  plan.dq_floats ? dq_of_head : nullptr, done_of_head});
             }
             dq_of_head += plan.dq_floats;
             done_of_head += plan.tiles;

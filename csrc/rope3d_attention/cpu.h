@@ -28,7 +28,8 @@ struct Chunk {
     int64_t queries_at_once = 0;
     int32_t index = 0;
     bool is_last = false;
-    float* dq = nullptr;      // of the head, (tiles, queries_at_once, D padded to vectors)
+    // Of the head; a chunk that is alone needs neither.
+    float* dq = nullptr;      // (tiles, queries_at_once, D padded to vectors)
     int32_t* done = nullptr;  // (tiles,): chunks that have added their part
 };
 

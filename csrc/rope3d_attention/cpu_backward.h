@@ -94,7 +94,7 @@ inline Vec dots(T type, Tokens<T> const& a, Tokens<T> const& b, int64_t first) {
 template <class T>
 struct BackwardRoom {
     int64_t rows, keys, scores_row, words, columns;
-    float *k, *v, *k_depth, *q, *dout, *q_depth, *dout_depth, *scores, *gradients, *dk, *dv;
+    float *k, *v, *k_depth, *q, *dout, *q_depth, *dout_depth, *scores, *gradients, *dq, *dk, *dv;
     Rows known;
 
     BackwardRoom(Room& room, int64_t D, int64_t queries, int64_t count)
@@ -112,6 +112,7 @@ struct BackwardRoom {
           dout_depth(room.take(words_of<T>(rows) * columns)),
           scores(room.take(rows * scores_row)),
           gradients(room.take(rows * scores_row)),
+          dq(room.take(rows * columns)),
           dk(room.take(keys * columns)),
           dv(room.take(keys * columns)),
           known{room.take(rows), room.take(round_up(rows, kLanes))} {}
@@ -145,16 +146,17 @@ inline void pack_queries(BackwardParams const& p, Chunk const& chunk, int64_t fi
 template <class T>
 inline void add_to_dq(BackwardParams const& p, Chunk const& chunk, int64_t tile, int64_t count, Left const& weights,
                       BackwardRoom<T> const& room) {
-    float* const dq = chunk.dq + tile * room.rows * room.columns;
-    wait_for(chunk.done + tile, chunk.index);
+    float* const dq = chunk.dq ? chunk.dq + tile * room.rows * room.columns : room.dq;
+    if (chunk.index) wait_for(chunk.done + tile, chunk.index);
     multiply<T>(weights, count, room.k_depth, words_of<T>(chunk.count), Panels(p.sizes.D),
                 {dq, room.columns, chunk.index ? Before::added : Before::ignored});
     if (chunk.is_last) {
         write_rows(T{}, dq, room.columns, count, p.sizes.D,
                    head_of<T>(p.dq, chunk.b, chunk.n, tile * chunk.queries_at_once), p.dq.stride_l,
                    [&](int64_t) { return p.scale; });
+    } else {
+        __atomic_store_n(chunk.done + tile, chunk.index + 1, __ATOMIC_RELEASE);
     }
-    __atomic_store_n(chunk.done + tile, chunk.index + 1, __ATOMIC_RELEASE);
 }
 
 template <class T>

@@ -174,7 +174,9 @@ def _undefine_masked_lanes() -> None:
     masked_load = _Builder.create_masked_load
 
     # what else is given differs between releases of Triton
-    def repaired_masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *options: Any) -> Any:
+    def repaired_masked_load(
+        self: Any, ptrs: Any, mask: Any, other: Any, *options: Any, **named: Any
+    ) -> Any:
         if other is None:
             dtype = ptrs.get_element_ty()
             np_dtype = triton_interpreter._get_np_dtype(dtype)
@@ -187,7 +189,7 @@ def _undefine_masked_lanes() -> None:
             else:
                 garbage = np.ones(ptrs.data.shape, np_dtype)
             other = _Handle(garbage, dtype)
-        return masked_load(self, ptrs, mask, other, *options)
+        return masked_load(self, ptrs, mask, other, *options, **named)
 
     _Builder.create_masked_load = repaired_masked_load
 
