@@ -163,7 +163,8 @@ def _flex(clip: shapes.Tokens, tile: Sizes, window: Sizes) -> Call:
         near = [(at[j, a] >= low[i, a]) & (at[j, a] < high[i, a]) for a in range(3)]
         return (near[0] & near[1] & near[2]) | (i >= clip.video) | (j >= clip.video)
 
-    blocks = create_block_mask(sees, None, None, clip.joint, clip.joint, device="cuda")
+    tabulate = torch.compile(create_block_mask)  # without a compiler it would hold every pair
+    blocks = tabulate(sees, None, None, clip.joint, clip.joint, device="cuda")
     attend = torch.compile(flex_attention, dynamic=False)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

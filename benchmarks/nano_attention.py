@@ -1,6 +1,7 @@
 """What a cheaper attention costs the embedded model: prompts followed, latents changed.
 
     python -m benchmarks.nano_attention --prompts 72
+    python -m benchmarks.nano_attention --windows a.json b.json    # of calibrate-attention
 
 Generates the same held-out prompts with every choice below, lets the judge read colour, shape and
 direction off the pixels, and compares the latents with those of float32: PSNR, with the range of
@@ -13,12 +14,14 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from hunyuan_fast.models.dit.windows import AttentionWindows
 from hunyuan_fast.pipelines import HunyuanVideoPipeline
 from hunyuan_fast.trainer.nano.evaluate import accuracy, held_out_prompts, run_trials
 
@@ -57,16 +60,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--prompts", type=int, default=72)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--windows",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="sparse, with these files, in place of fp8",
+    )
     options = parser.parse_args()
+    choices: Sequence[tuple[str, str | Path]] = CHOICES
+    if options.windows:
+        choices = (CHOICES[0], *(("float32", path) for path in options.windows))
 
     prompts = held_out_prompts(options.prompts)
     titles = ("weights", "attention", "colour", "shape", "direction", "all")
     table = Table(*titles, "PSNR, mean", "least", "seconds")
     reference: list[Tensor] = []
-    for dtype, precision in CHOICES:
-        pipe = HunyuanVideoPipeline.from_pretrained(
-            "nano", device=options.device, dtype=dtype, attention_precision=precision
-        )
+    for dtype, attention in choices:
+        pipe = HunyuanVideoPipeline.from_pretrained("nano", device=options.device, dtype=dtype)
+        if isinstance(attention, Path):
+            pipe.transformer.set_attention(windows=AttentionWindows.load(attention))
+        else:
+            pipe.transformer.set_attention(precision=attention)
         keeping = Keeping(pipe)
         start = time.perf_counter()
         shares = accuracy(run_trials(keeping, prompts))
@@ -74,7 +89,7 @@ def main() -> None:
         reference = reference or keeping.latents
         values = psnr(keeping.latents, reference)
         table.add_row(
-            *(dtype, precision),
+            *(dtype, attention.stem if isinstance(attention, Path) else attention),
             *(f"{shares[name]:.1%}" for name in titles[2:]),
             *(f"{value:.1f} dB" for value in (sum(values) / len(values), min(values))),
             f"{seconds:.0f}",

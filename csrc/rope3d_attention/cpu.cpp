@@ -3,23 +3,16 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstring>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "common/cpu_isa.h"
 #include "common/parallel.h"
+#include "rope3d_attention/cpu_work.h"
 
 namespace hunyuan_fast::rope3d_attention {
 namespace {
 
-constexpr int64_t kAlignment = 64;
-// Packing the keys for a block costs about what so many of its queries do.
-constexpr int64_t kPackingQueries = 12;
-constexpr int64_t kFewestQueries = 24;
 // Most of the memory for dq of the heads under way, unless a head for each thread needs more.
 constexpr int64_t kMostBytes = 8 * 1024 * 1024;
 
@@ -37,53 +30,6 @@ CpuKernels const& kernels(DType dtype) {
     }
 }
 
-int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-
-// A size for about equal parts of at most `most`, a multiple of `step`.
-int64_t even_part(int64_t whole, int64_t most, int64_t step) {
-    int64_t const parts = std::max<int64_t>(1, parts_of(whole, most));
-    return std::min(most, parts_of(parts_of(whole, parts), step) * step);
-}
-
-class Floats {
-public:
-    explicit Floats(int64_t count) : memory_(new float[size_t(count + kAlignment / 4)]) {}
-    float* begin() const {
-        auto const address = reinterpret_cast<uintptr_t>(memory_.get());
-        return memory_.get() + (kAlignment - address % kAlignment) % kAlignment / sizeof(float);
-    }
-
-private:
-    std::unique_ptr<float[]> memory_;
-};
-
-// Calls body(index, room) for all of [0, count), each thread with its own room of so many floats. Indices are begun in
-// rising order.
-template <class Body>
-void run_with_room(int64_t count, int64_t floats, int num_threads, Body const& body) {
-    int64_t const workers = std::min<int64_t>(count, std::max(num_threads, 1));
-    int64_t const each = parts_of(floats, kAlignment) * kAlignment;
-    Floats const rooms(workers * each);
-    std::atomic<int64_t> next{0};
-    parallel_for(workers, 1, num_threads, [&](int64_t worker, int64_t) {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-            body(i, rooms.begin() + worker * each);
-        }
-    });
-}
-
-// Rows [first, L) of a sample in all heads.
-void clear_rows(Heads const& x, Sizes const& sizes, int64_t b, int64_t first, int64_t element) {
-    bool const adjacent = x.stride_n == sizes.D;
-    int64_t const pieces = adjacent ? 1 : sizes.N, width = adjacent ? sizes.N * sizes.D : sizes.D;
-    for (int64_t l = first; l < sizes.L; ++l) {
-        for (int64_t n = 0; n < pieces; ++n) {
-            int64_t const at = b * x.stride_b + l * x.stride_l + n * x.stride_n;
-            std::memset(static_cast<char*>(x.data) + at * element, 0, size_t(width * element));
-        }
-    }
-}
-
 // Samples by falling length: what takes longest comes first.
 std::vector<int64_t> longest_first(Inputs const& p) {
     std::vector<int64_t> samples(size_t(p.sizes.B));
@@ -91,19 +37,6 @@ std::vector<int64_t> longest_first(Inputs const& p) {
     std::stable_sort(samples.begin(), samples.end(),
                      [&](int64_t a, int64_t b) { return p.lengths[a] > p.lengths[b]; });
     return samples;
-}
-
-// Queries per block: about equal ones, few enough for the caches, and so many blocks that no thread is idle long.
-int64_t queries_per_block(int64_t length, int64_t most, int64_t heads, int64_t threads) {
-    int64_t best = 0, least_time = std::numeric_limits<int64_t>::max();
-    int64_t const fewest = parts_of(length, most);
-    for (int64_t blocks = fewest; blocks < fewest + 8; ++blocks) {
-        int64_t const queries = parts_of(length, blocks);
-        if (blocks > fewest && queries < kFewestQueries) break;
-        int64_t const time = parts_of(heads * blocks, threads) * (queries + kPackingQueries);
-        if (time < least_time) least_time = time, best = queries;
-    }
-    return best;
 }
 
 std::vector<Block> blocks_of(ForwardParams const& p, CpuKernels const& kernel, int num_threads) {

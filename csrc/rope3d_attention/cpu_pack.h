@@ -6,15 +6,16 @@
 
 namespace hunyuan_fast::rope3d_attention::HUNYUAN_FAST_ISA {
 
-// Tokens of one head: rows of D elements, `stride` apart.
+// Tokens of one head: rows of D elements, `stride` apart; with `index` those of these numbers.
 template <class T>
 struct Tokens {
     typename T::Storage const* data;
     int64_t stride;
     int64_t count;
     int64_t D;
+    int64_t const* index = nullptr;
 
-    typename T::Storage const* row(int64_t token) const { return data + token * stride; }
+    typename T::Storage const* row(int64_t token) const { return data + (index ? index[token] : token) * stride; }
 };
 
 template <class T>

@@ -26,6 +26,7 @@ Sizes = tuple[int, int, int]
 LARGEST_TILE = (6, 8, 8)
 # Candidates that save less than this are not tried.
 _LEAST_SAVING = 0.05
+_FEW_TILES = 4
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,12 @@ def default_tile(grid: Sizes) -> Sizes:
 
 
 def default_candidates(grid: Sizes, tile: Sizes) -> tuple[Sizes, ...]:
-    """Windows of odd length or whole along each axis that save something; the last is whole."""
+    """Windows of odd length or whole along each axis that save something; the last is whole.
+
+    Along an axis of few tiles those of even length too.
+    """
     counts = tiles(grid, tile)
-    axes = [[*range(1, count, 2), count] for count in counts]
+    axes = [[*range(1, count, 1 if count <= _FEW_TILES else 2), count] for count in counts]
     found = sorted(itertools.product(*axes), key=lambda each: fraction(grid, tile, each))
     saving = [each for each in found if fraction(grid, tile, each) <= 1 - _LEAST_SAVING]
     return (*saving, counts)
@@ -191,7 +195,7 @@ def choose(
 
     max_error: the cheapest window with at most this error, for every head by itself
     budget: at most this share of the FLOPs of dense attention, over all heads; what saves most for
-        the error that it adds goes first
+        the squared error that it adds goes first
     Raises ValueError when the budget cannot be met by any of the candidates.
     """
     if (max_error is None) == (budget is None):
@@ -235,10 +239,8 @@ def _within(measures: Measures, budget: float) -> dict[tuple[str, int], Sizes]:
     def offer(head: tuple[str, int]) -> None:
         steps, at = heads[head], place[head]
         if at + 1 < len(steps):
-            figures = measures.figures[head]
-            added = figures[steps[at + 1]].error - figures[steps[at]].error
-            saved = costs[steps[at]] - costs[steps[at + 1]]
-            heapq.heappush(trades, (added / saved, head))
+            slope = _slope(measures.figures[head], costs, steps[at], steps[at + 1])
+            heapq.heappush(trades, (slope, head))
 
     for head in heads:
         offer(head)
@@ -275,5 +277,6 @@ def _frontier(figures: Mapping[Sizes, Figure], costs: Mapping[Sizes, float]) -> 
 def _slope(
     figures: Mapping[Sizes, Figure], costs: Mapping[Sizes, float], dear: Sizes, cheap: Sizes
 ) -> float:
-    """Error added per FLOPs saved."""
-    return (figures[cheap].error - figures[dear].error) / (costs[dear] - costs[cheap])
+    """Squared error added per FLOPs saved: the errors of independent heads add up in squares."""
+    added = figures[cheap].error ** 2 - figures[dear].error ** 2
+    return added / (costs[dear] - costs[cheap])

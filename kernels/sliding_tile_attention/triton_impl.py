@@ -32,8 +32,8 @@ from hunyuan_fast.kernels.sliding_tile_attention.windows import Sizes, tiles
 # No GPU has run these kernels yet.
 VERIFIED_ON: frozenset[str] = frozenset()
 _DTYPES = (torch.bfloat16, torch.float16)
-# Tokens are numbered in 32 bits, up to a block past the last.
-_MOST_TOKENS = 2**31 - 2**10
+# Numbers of tokens, up to a block past the last, are divided by sides of boxes in 31 bits.
+_BLOCK, _MOST = 2**10, 2**31
 
 
 def supports(
@@ -56,8 +56,8 @@ def supports(
         return f"the head size D must be at most {MAX_HEAD_DIM}, it is {q.shape[-1]}"
     if q.numel() == 0:
         return f"the tensors are empty, q has shape {tuple(q.shape)}"
-    if q.shape[1] > _MOST_TOKENS:
-        return f"L must be at most {_MOST_TOKENS}, it is {q.shape[1]}"
+    if (q.shape[1] + _BLOCK) * max(grid[1:]) >= _MOST:
+        return f"L times the longer of H and W must stay below 2^31, L is {q.shape[1]}"
     if out is not None and out.stride(-1) != 1:
         return "the features of out must be adjacent in memory"
     return None

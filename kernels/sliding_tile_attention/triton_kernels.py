@@ -1,96 +1,18 @@
-"""The Triton kernels: a block of rows of one tile goes through the boxes that it sees.
+"""The Triton kernels: a block of rows of one tile goes through the box that it sees, then the text.
 
-A program numbers the tokens that it meets, those of a box of the grid first and then the text's,
-and turns numbers into rows of the sequence. All rows of a block meet the same, and blocks of it are
-full save for the last: nothing is masked but that one, and what lies past ``kv_len``. Scores are
-kept in units of log 2. Offsets are int64: a row may start past element 2^31.
+All rows of a block meet the same tokens, padding last: nothing is masked but the end of the last
+block. Scores are kept in units of log 2. Offsets are int64: a row may start past element 2^31.
 """
 
 import triton
 import triton.language as tl
 
+from hunyuan_fast.kernels.sliding_tile_attention.triton_geometry import place, row_of
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Sizes change from clip to clip, and a kernel is compiled once for all of them.
 _SIZES = ["num_heads", "length", "T", "H", "W", "tile_t", "tile_h", "tile_w"]
-
-
-@triton.jit
-def _seen_tiles(i, window, count, INVERSE: tl.constexpr):
-    """First tile along an axis that tile i sees (INVERSE: that sees it), and one past the last."""
-    window = tl.minimum(tl.maximum(window, 1), count)
-    if INVERSE:
-        first = tl.where(i < window, 0, i - window + window // 2 + 1)
-        beyond = tl.where(i >= count - window, count, i + window // 2 + 1)
-    else:
-        first = tl.minimum(tl.maximum(i - window // 2, 0), count - window)
-        beyond = first + window
-    return first, beyond
-
-
-@triton.jit
-def _axis(i, window, tile, size, everything, INVERSE: tl.constexpr):
-    """Along an axis: first token and tokens of tile i, and of what it meets."""
-    count = tl.cdiv(size, tile)
-    first, beyond = _seen_tiles(i, window, count, INVERSE)
-    first, beyond = tl.where(everything, 0, first), tl.where(everything, count, beyond)
-    i, after = tl.where(everything, 0, i), tl.where(everything, count, i + 1)
-    own, met = i * tile, first * tile
-    return own, tl.minimum(after * tile, size) - own, met, tl.minimum(beyond * tile, size) - met
-
-
-@triton.jit
-def _place(
-    windows_ptr,
-    n,
-    length,
-    T,
-    H,
-    W,
-    tile_t,
-    tile_h,
-    tile_w,
-    BLOCK: tl.constexpr,
-    INVERSE: tl.constexpr,
-):
-    """The box of this program's tile and the box that it meets: first row, sides w and h, tokens.
-
-    And the number of the program's first token, and one past that of its tile's last.
-    """
-    text = length - T * H * W
-    text_blocks = tl.cdiv(text, BLOCK)  # of the most work: they go first
-    is_text = tl.program_id(0) < text_blocks
-    count_t, count_h, count_w = tl.cdiv(T, tile_t), tl.cdiv(H, tile_h), tl.cdiv(W, tile_w)
-    window_t = tl.load(windows_ptr + 3 * n)
-    window_h = tl.load(windows_ptr + 3 * n + 1)
-    window_w = tl.load(windows_ptr + 3 * n + 2)
-    # Where everybody sees everything the grid is one tile, and its blocks are full.
-    whole = (window_t >= count_t) & (window_h >= count_h) & (window_w >= count_w)
-
-    block = tl.maximum(tl.program_id(0) - text_blocks, 0)
-    per_tile = tl.cdiv(tile_t * tile_h * tile_w, BLOCK)
-    i = block // per_tile
-    i_t, i_h, i_w = i // count_w // count_h, i // count_w % count_h, i % count_w
-    one = whole | is_text
-    t, size_t, met_t, met_size_t = _axis(i_t, window_t, tile_t, T, one, INVERSE)
-    h, size_h, met_h, met_size_h = _axis(i_h, window_h, tile_h, H, one, INVERSE)
-    w, size_w, met_w, met_size_w = _axis(i_w, window_w, tile_w, W, one, INVERSE)
-    # Text has no tokens in a box: its numbers begin behind the video's.
-    own = tl.where(is_text, 0, size_t * size_h * size_w)
-    first = tl.where(is_text, tl.program_id(0), tl.where(whole, block, block % per_tile)) * BLOCK
-    after = tl.where(is_text, text, own)
-    own_row, met_row = (t * H + h) * W + w, (met_t * H + met_h) * W + met_w
-    met = met_size_t * met_size_h * met_size_w
-    return own_row, size_w, size_h, own, met_row, met_size_w, met_size_h, met, first, after
-
-
-@triton.jit
-def _row(number, first, side_w, side_h, box, T, H, W):
-    """The row of a token: of the box that begins at row ``first``, or of the text behind it."""
-    line = number // side_w
-    plane = line // side_h
-    row = first + (plane * H + line - plane * side_h) * W + number - line * side_w
-    return tl.where(number < box, row, T * H * W + number - box)
 
 
 @triton.jit
@@ -149,21 +71,17 @@ def forward_kernel(
     """Outputs and log-sum-exp of a block of queries."""
     b = (tl.program_id(1) // num_heads).to(tl.int64)
     n = (tl.program_id(1) % num_heads).to(tl.int64)
-    own_row, own_w, own_h, own, met_row, met_w, met_h, met, first, after = _place(
-        windows_ptr, n, length, T, H, W, tile_t, tile_h, tile_w, QUERIES, False
-    )
-    if first >= after:
-        return
     valid_length = length
     if HAS_LENGTHS:
         valid_length = tl.load(kv_len_ptr + b).to(tl.int32)
+    own, met, first, after, valid_after, count = place(
+        windows_ptr, n, length, T, H, W, tile_t, tile_h, tile_w, valid_length, QUERIES, False
+    )
+    if first >= after:
+        return
     numbers = first + tl.arange(0, QUERIES)
-    l = _row(numbers, own_row, own_w, own_h, own, T, H, W)
-    exists = numbers < after
-    valid = exists & (l < valid_length)
-    count = met + tl.maximum(valid_length - T * H * W, 0)
-    # Rows rise within a block: where the first is padding, all are, and there is nothing to do.
-    count = tl.where(_row(first, own_row, own_w, own_h, own, T, H, W) < valid_length, count, 0)
+    l = row_of(numbers, own, T, H, W)
+    exists, valid = numbers < after, numbers < valid_after
     q = _tile(q_ptr + b * stride_qb + n * stride_qn, l, stride_ql, valid, D, BLOCK_D)
     k_head = k_ptr + b * stride_kb + n * stride_kn
     v_head = v_ptr + b * stride_vb + n * stride_vn
@@ -173,12 +91,11 @@ def forward_kernel(
     sums = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     for start in range(0, count, KEYS):
         number = start + tl.arange(0, KEYS)
-        j = _row(number, met_row, met_w, met_h, met, T, H, W)
-        seen = (number < count) & (j < valid_length)
+        j = row_of(number, met, T, H, W)
+        seen = number < count
         k = _tile(k_head, j, stride_kl, seen, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k)) * (scale * LOG2_E)
         scores = tl.where(seen[None, :], scores, -float("inf"))
-        # Finite from the first block on: it begins with a key before the first query, or with it.
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         p = tl.exp2(scores - higher[:, None])
         correction = tl.exp2(highest - higher)
@@ -239,21 +156,17 @@ def query_gradient_kernel(
     """dq of a block of queries; and delta, which the other kernel reads."""
     b = (tl.program_id(1) // num_heads).to(tl.int64)
     n = (tl.program_id(1) % num_heads).to(tl.int64)
-    own_row, own_w, own_h, own, met_row, met_w, met_h, met, first, after = _place(
-        windows_ptr, n, length, T, H, W, tile_t, tile_h, tile_w, QUERIES, False
-    )
-    if first >= after:
-        return
     valid_length = length
     if HAS_LENGTHS:
         valid_length = tl.load(kv_len_ptr + b).to(tl.int32)
+    own, met, first, after, valid_after, count = place(
+        windows_ptr, n, length, T, H, W, tile_t, tile_h, tile_w, valid_length, QUERIES, False
+    )
+    if first >= after:
+        return
     numbers = first + tl.arange(0, QUERIES)
-    l = _row(numbers, own_row, own_w, own_h, own, T, H, W)
-    exists = numbers < after
-    valid = exists & (l < valid_length)
-    count = met + tl.maximum(valid_length - T * H * W, 0)
-    # Rows rise within a block: where the first is padding, all are, and there is nothing to do.
-    count = tl.where(_row(first, own_row, own_w, own_h, own, T, H, W) < valid_length, count, 0)
+    l = row_of(numbers, own, T, H, W)
+    exists, valid = numbers < after, numbers < valid_after
     dout = _tile(dout_ptr + b * stride_db + n * stride_dn, l, stride_dl, valid, D, BLOCK_D)
     out = _tile(out_ptr + b * stride_ob + n * stride_on, l, stride_ol, valid, D, BLOCK_D)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
@@ -267,8 +180,8 @@ def query_gradient_kernel(
     dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     for start in range(0, count, KEYS):
         number = start + tl.arange(0, KEYS)
-        j = _row(number, met_row, met_w, met_h, met, T, H, W)
-        seen = (number < count) & (j < valid_length)
+        j = row_of(number, met, T, H, W)
+        seen = number < count
         k = _tile(k_head, j, stride_kl, seen, D, BLOCK_D)
         p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2_E) - lse[:, None])
         v = _tile(v_head, j, stride_vl, seen, D, BLOCK_D)
@@ -322,21 +235,17 @@ def key_gradient_kernel(
     """dk and dv of a block of keys, from all queries that see it."""
     b = (tl.program_id(1) // num_heads).to(tl.int64)
     n = (tl.program_id(1) % num_heads).to(tl.int64)
-    own_row, own_w, own_h, own, met_row, met_w, met_h, met, first, after = _place(
-        windows_ptr, n, length, T, H, W, tile_t, tile_h, tile_w, KEYS, True
-    )
-    if first >= after:
-        return
     valid_length = length
     if HAS_LENGTHS:
         valid_length = tl.load(kv_len_ptr + b).to(tl.int32)
+    own, met, first, after, valid_after, count = place(
+        windows_ptr, n, length, T, H, W, tile_t, tile_h, tile_w, valid_length, KEYS, True
+    )
+    if first >= after:
+        return
     numbers = first + tl.arange(0, KEYS)
-    j = _row(numbers, own_row, own_w, own_h, own, T, H, W)
-    exists = numbers < after
-    valid = exists & (j < valid_length)
-    count = met + tl.maximum(valid_length - T * H * W, 0)
-    # Rows rise within a block: where the first is padding, all are, and there is nothing to do.
-    count = tl.where(_row(first, own_row, own_w, own_h, own, T, H, W) < valid_length, count, 0)
+    j = row_of(numbers, own, T, H, W)
+    exists, valid = numbers < after, numbers < valid_after
     k = _tile(k_ptr + b * stride_kb + n * stride_kn, j, stride_kl, valid, D, BLOCK_D)
     v = _tile(v_ptr + b * stride_vb + n * stride_vn, j, stride_vl, valid, D, BLOCK_D)
     q_head = q_ptr + b * stride_qb + n * stride_qn
@@ -347,8 +256,8 @@ def key_gradient_kernel(
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
     for start in range(0, count, QUERIES):
         number = start + tl.arange(0, QUERIES)
-        l = _row(number, met_row, met_w, met_h, met, T, H, W)
-        seeing = (number < count) & (l < valid_length)
+        l = row_of(number, met, T, H, W)
+        seeing = number < count
         q = _tile(q_head, l, stride_ql, seeing, D, BLOCK_D)
         lse = tl.load(lse_ptr + sample + l, mask=seeing, other=0.0) * LOG2_E
         p = tl.exp2(tl.dot(k, tl.trans(q)) * (scale * LOG2_E) - lse[None, :])

@@ -75,6 +75,8 @@ def test_windows_that_do_not_fit_are_refused(cli, model: Path, calibrated) -> No
     Path("w.json").write_text(json.dumps(values))
     other = cli(*words, "--model", model, *size, "--overwrite")
     assert other.status == 1 and "blocks of this model" in other.error
+    both = cli(*words, *size, "--attention-precision", "fp8")
+    assert both.status == 2 and "takes --attention-precision same alone, got fp8" in both.error
     missing = cli("generate", PROMPT, "--attention-windows", "no.json")
     assert missing.status == 1 and "no.json: cannot be read" in missing.error
 

@@ -2,7 +2,9 @@
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -90,10 +92,10 @@ def answering(dtype: torch.dtype) -> list[str]:
     return [name for name, impl in found if impl.supports(*call.arguments) is None]
 
 
-def run(name: str, call: Call) -> list[Tensor]:
-    """out, lse, dq, dk, dv of one implementation."""
+def run(name: str | None, call: Call) -> list[Tensor]:
+    """out, lse, dq, dk, dv of one implementation; ``None``: of the one that answers."""
     leaves = [x.detach().requires_grad_() for x in call.tensors]
-    with use(name, ROOM):
+    with use(name, ROOM) if name else nullcontext():
         out, lse = sliding_tile_attention(*leaves, **call.options, return_lse=True)
         return [out.detach(), lse, *torch.autograd.grad(out, leaves, call.dout)]
 
@@ -112,16 +114,20 @@ def sees(query: Sizes, key: Sizes, window: Sizes, grid: Sizes, tile: Sizes) -> b
     return True
 
 
+@lru_cache(maxsize=64)
+def _near(window: Sizes, grid: Sizes, tile: Sizes) -> Tensor:
+    """Which video tokens each video token sees."""
+    places = list(itertools.product(*map(range, grid)))
+    return torch.tensor([[sees(a, b, window, grid, tile) for b in places] for a in places])
+
+
 def visible(call: Call) -> Tensor:
     """Which keys each query may see, (N, L, L), before lengths count."""
-    places = list(itertools.product(*map(range, call.grid)))
     length = call.q.shape[1]
     found = torch.ones(len(call.windows), length, length, dtype=torch.bool)
     for head, window in enumerate(call.windows.tolist()):
-        near = [
-            [sees(query, key, window, call.grid, call.tile) for key in places] for query in places
-        ]
-        found[head, : len(places), : len(places)] = torch.tensor(near)
+        near = _near(tuple(window), call.grid, call.tile)
+        found[head, : len(near), : len(near)] = near
     return found
 
 
@@ -202,13 +208,16 @@ class Emulated:
         return [out, self.kernel.round(dq, dtype), dk, dv]
 
 
-def emulation_of(name: str, call: Call) -> Emulated:
+def emulation_of(name: str, call: Call) -> Callable[[Call], list[Tensor]]:
     """How an implementation rounds."""
     if name == "reference":
         return Emulated(kernel=FlashAttention(round_probabilities=lambda p, _: p))
+    # torch's CPU kernel keeps dk and dv in the dtype of the inputs between blocks of queries.
+    library = Emulated(kernel=FlashAttention(gradient_block=32), rounds_shares=True)
     if name == "library_impl":
-        # torch's CPU kernel keeps dk and dv in the dtype of the inputs between blocks of queries.
-        return Emulated(kernel=FlashAttention(gradient_block=32), rounds_shares=True)
+        return library
+    if name == "cpu_impl":  # the gradients are the library's
+        return lambda call: [Emulated()(call)[0], *library(call)[1:]]
     return Emulated()
 
 

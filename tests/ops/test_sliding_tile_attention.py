@@ -33,7 +33,7 @@ CASES = {
     "no text": {"text": 0, "lengths": (18, 7), "head_dim": 20},
     "lengths in the text, in the video, none": {
         "lengths": (21, 18, 10, 0),
-        "windows": ((1, 2, 1), (1, 1, 1)),
+        "windows": ((1, 2, 1), (9, 9, 9)),
     },
     "three windows, heads of no tile": {
         "grid": (4, 2, 6),
@@ -88,15 +88,16 @@ def test_gradcheck(name, lengths, generator, monkeypatch):
 
 @pytest.mark.parametrize("lengths", [None, (23, 19)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_windows_as_large_as_the_grid_are_dense_attention(dtype, lengths, generator):
-    """On the CPU with the same bits: it is the same call of the same kernel."""
+@pytest.mark.parametrize("name", sorted({"cpu_impl", "library_impl"} & set(EVERYWHERE)))
+def test_windows_as_large_as_the_grid_are_dense_attention(name, dtype, lengths, generator):
+    """On the CPU the same kernel does the same work; its products depend on the alignment."""
     call = draw_call(generator, windows=((1, 2, 2), (9, 9, 9)), lengths=lengths, dtype=dtype)
     options = {"kv_len": call.kv_len, "scale": call.scale, "return_lse": True}
-    with use("library_impl"):
+    with use(name):
         dense = attention(*call.tensors, **options)
         results = sliding_tile_attention(*call.tensors, **call.options, return_lse=True)
     for result, wanted in zip(results, dense, strict=True):
-        assert_equal(result, wanted)
+        torch.testing.assert_close(result, wanted)
 
 
 @each_implementation
@@ -189,8 +190,9 @@ def test_strides_do_not_matter(name, layout, generator):
 def test_features_that_are_not_adjacent_go_to_those_who_take_them(generator):
     call = draw_call(generator, dtype=torch.bfloat16)
     across = call.map(lambda x: x.mT.contiguous().mT)
-    assert "adjacent" in explain(ROOM, *across.arguments)["library_impl"]
-    for name in set(EVERYWHERE) - {"library_impl"}:
+    reasons = explain(ROOM, *across.arguments)
+    assert "adjacent" in reasons["library_impl"]
+    for name in set(EVERYWHERE) & {name for name, reason in reasons.items() if not reason}:
         for result, wanted in zip(run(name, across), run(name, call), strict=True):
             torch.testing.assert_close(result, wanted, rtol=2**-7, atol=2**-9)
 

@@ -57,7 +57,7 @@ def test_triton_refusals(generator, monkeypatch):
     across = call.q.mT.contiguous().mT
     assert "out must be adjacent" in impl.supports(*call.arguments, across)
     long = torch.empty(1, 1, 1, 1, dtype=torch.bfloat16).expand(1, 2**31, 1, 1)
-    assert "L must be at most" in impl.supports(long, long, long, *call.arguments[3:])
+    assert "L times the longer of H and W" in impl.supports(long, long, long, *call.arguments[3:])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "must be on a CUDA device" in reason("triton_impl", call)
 
@@ -70,6 +70,18 @@ def test_library_refusals(generator):
     with FakeTensorMode():
         x = torch.empty(1, 8, 1, 16, device="cuda")
         assert "got cuda" in library_impl.supports(x, x, x, *call.arguments[3:])
+
+
+def test_division_by_a_product_is_exact():
+    """As ``_divide`` of the kernels, for every divisor that a box has, where a quotient rises."""
+    y = torch.arange(1, 4097)[:, None]
+    factor = 0x7FFFFFFF // y + 1
+    quotient = torch.cat((torch.arange(1, 200), torch.logspace(2.3, 9.3, 200, 10).long()))
+    for offset in (-1, 0, 1):
+        x = quotient * y + offset
+        divided = (2 * x) * factor >> 32
+        assert torch.where(x * y < 2**31, divided == x // y, True).all()
+    assert int(((quotient * y) * y < 2**31).sum()) > 10**5
 
 
 def test_programs_do_not_depend_on_their_order(generator):

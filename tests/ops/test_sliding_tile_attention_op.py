@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hunyuan_fast.dispatch import explain, use
+from hunyuan_fast.dispatch import explain, implementations, use
 from hunyuan_fast.kernels.sliding_tile_attention import library_impl, reference
 from hunyuan_fast.ops import SlidingTiles, attention, sliding_tile_attention
 from tests.kit.numerics import assert_equal
@@ -59,7 +59,7 @@ def test_compiled_gradients(generator):
     leaves = [x.requires_grad_() for x in call.tensors]
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")(*leaves)
     gradients = torch.autograd.grad(compiled, leaves, call.dout)
-    for got, wanted in zip(gradients, run("library_impl", call)[2:], strict=True):
+    for got, wanted in zip(gradients, run(None, call)[2:], strict=True):
         assert_equal(got, wanted)
 
 
@@ -107,7 +107,7 @@ def test_backward_keeps_inputs_output_and_one_number_a_row(generator):
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2)], ids=str)
 def test_some_inputs_need_no_gradient(needed, generator):
     call = draw_call(generator)
-    expected = run("library_impl", call)[2:]
+    expected = run(None, call)[2:]
     leaves = [x.requires_grad_(i in needed) for i, x in enumerate(call.tensors)]
     out = sliding_tile_attention(*leaves, **call.options)
     gradients = torch.autograd.grad(out, [leaves[i] for i in needed], call.dout)
@@ -136,8 +136,12 @@ def test_empty_tensors(shape):
     assert q.grad.shape == shape
 
 
-def test_torch_answers_on_the_cpu(generator):
-    assert explain(ROOM, *draw_call(generator).arguments)["library_impl"] is None
+def test_the_cpu_has_answers(generator):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        reasons = explain(ROOM, *draw_call(generator, dtype=dtype).arguments)
+        assert reasons["library_impl"] is None
+        if "cpu_impl" in implementations(ROOM):
+            assert (reasons["cpu_impl"] is None) == (dtype != torch.float64)
     assert explain(ROOM, *reference.example(torch.device("cpu")))["reference"] is None
 
 

@@ -145,6 +145,11 @@ def _read(options: Options) -> "tuple[Request, float, AttentionWindows | None]":
         raise UsageError(in_flags(str(error))) from error
     windows = None
     if options.attention_windows is not None:
+        if options.attention_precision != "same":
+            raise UsageError(
+                "--attention-windows takes --attention-precision same alone, got "
+                f"{options.attention_precision}; leave one of them out"
+            )
         grid = token_grid(limits, request)
         windows = read_windows(options.attention_windows, options.model, grid)
     return request, float(options.fps or limits.defaults.fps), windows
