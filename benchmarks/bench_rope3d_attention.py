@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import shapes
 from benchmarks.kit.case import FORWARD, TRAINING, Call, Case, Peer, Unavailable, Work, compiled
+from benchmarks.kit.pairing import Rounds
 from hunyuan_fast.modules.rotary import build_rotary_tables
 from hunyuan_fast.ops import attention, rope3d_attention
 
@@ -24,6 +25,8 @@ _BACKENDS = {
         *(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
     ),
 }
+# The long batch takes ten seconds and more a call.
+_FEW = Rounds(budget=100.0, least=2, most=3)
 _WIDE = (shapes.NUM_HEADS, shapes.HEAD_DIM)
 
 
@@ -44,6 +47,7 @@ def cases(device: torch.device, *, quick: bool) -> list[Case]:
     return [
         *(full(clip, dtype, _WIDE, text=[256], alternating=True) for dtype in (fp32, bf16)),
         full(shapes.IMAGE_256P, bf16, _WIDE, text=[40, 256]),
+        full(shapes.CLIP_256P_65, bf16, _WIDE, text=[40, 256], rounds=_FEW, large=True),
         _rotated_case(device, clip, bf16),
         full(shapes.NANO, fp32, nano, text=[32], cold=False),
     ]
@@ -58,6 +62,8 @@ def _attention_case(
     text: Sequence[int],
     cold: bool = True,
     alternating: bool = False,
+    rounds: Rounds | None = None,
+    large: bool = False,
 ) -> Case:
     """``attention`` over samples with ``text`` valid text tokens each."""
     batch, length, (num_heads, head_dim) = len(text), clip.joint, heads
@@ -90,12 +96,14 @@ def _attention_case(
         peers=(
             Peer("eager", lambda: _short_enough(eager, clip, device)),
             Peer("torch.compile", lambda: compiled(_short_enough(eager, clip, device))()),
-            *_sdpa_peers(device, partial(_sdpa, mask=mask)),
+            *_sdpa_peers(device, partial(_sdpa, mask=mask), clip),
             Peer("diffusers", lambda: partial(_diffusers_attention(), attn_mask=mask)),
         ),
         meaningful=meaningful,
         cold=cold,
         alternating=alternating,
+        rounds=rounds,
+        large=large,
     )
 
 
@@ -135,7 +143,7 @@ def _rotated_case(device: torch.device, clip: shapes.Tokens, dtype: torch.dtype)
         arguments=lambda q, k, v: (q, k, v, None, head_dim**-0.5),
         work=_work([clip.joint], num_heads, head_dim, dtype),
         peers=(
-            *_sdpa_peers(device, eager)[:-1],
+            *_sdpa_peers(device, eager, clip)[:-1],
             Peer("torch.compile", compiled(eager)),
             Peer("diffusers", diffusers),
         ),
@@ -190,10 +198,12 @@ def _short_enough(call: Call, clip: shapes.Tokens, device: torch.device) -> Call
     return call
 
 
-def _sdpa_peers(device: torch.device, call: Call) -> list[Peer]:
+def _sdpa_peers(device: torch.device, call: Call, clip: shapes.Tokens) -> list[Peer]:
     """One peer for each kernel behind torch's SDPA, in their order of speed, the plain one last."""
     names = {b: f"sdpa {b.name.removesuffix('_ATTENTION').lower()}" for b in _BACKENDS[device.type]}
-    return [Peer(name, lambda: call, partial(sdpa_kernel, b)) for b, name in names.items()]
+    *kernels, plain = (Peer(n, lambda: call, partial(sdpa_kernel, b)) for b, n in names.items())
+    # it stores every score
+    return [*kernels, replace(plain, make=lambda: _short_enough(call, clip, device))]
 
 
 def _diffusers_attention() -> Call:
