@@ -1,6 +1,7 @@
 """Joint attention, with and without rotation, against torch's own kernels and diffusers' form."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -203,7 +204,7 @@ def _sdpa_peers(device: torch.device, call: Call, clip: shapes.Tokens) -> list[P
     names = {b: f"sdpa {b.name.removesuffix('_ATTENTION').lower()}" for b in _BACKENDS[device.type]}
     *kernels, plain = (Peer(n, lambda: call, partial(sdpa_kernel, b)) for b, n in names.items())
     # it stores every score
-    return [*kernels, replace(plain, make=lambda: _short_enough(call, clip, device))]
+    return [*kernels, replace(plain, build=lambda: _short_enough(call, clip, device))]
 
 
 def _diffusers_attention() -> Call:

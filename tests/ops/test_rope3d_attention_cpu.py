@@ -1,4 +1,4 @@
-"""The C++ attention: every instruction set, tiles and their ends, threads, and memory it must keep to."""
+"""The C++ attention: instruction sets, ends of tiles, threads, and the memory it leaves alone."""
 
 import os
 import subprocess
@@ -84,10 +84,10 @@ def test_ends_of_heads(cpu_impl, head_dim, dtype, generator):
 
 
 @each_dtype
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 33, 95, 97, 193, 389, 777])
+@pytest.mark.parametrize("length", [2, 15, 16, 17, 31, 33, 95, 97, 193, 389, 777])
 def test_ends_of_sequences(cpu_impl, length, dtype, generator):
     """Queries and keys past the last group of rows, vector, tile and chunk."""
-    inputs = draw((1, length, 1, 8), generator, dtype)
+    inputs = draw((1, length, 6, 8), generator, dtype)
     check(run(cpu_impl, inputs, [length], 0.3), inputs, [length], 0.3)
 
 
@@ -221,10 +221,8 @@ def test_the_launchers_refuse_what_does_not_fit(native):
     lengths = torch.tensor([3, 1])
 
     def call(**changed):
-        given = {
-            **{"q": x, "k": x, "v": x, "kv_len": lengths, "scale": 1.0},
-            **{"out": x.clone(), "lse": lse},
-        } | changed
+        given = {"q": x, "k": x, "v": x, "kv_len": lengths, "scale": 1.0}
+        given |= {"out": x.clone(), "lse": lse} | changed
         native.rope3d_attention_forward_cpu(*given.values(), 1)
 
     call()
