@@ -45,7 +45,8 @@ inline Vec keep_or(Vec v, int64_t count, float other) {
     return lane_numbers() < (VecInt{} + int32_t(count)) ? v : Vec{} + other;
 }
 
-// What a row of queries has seen so far: the highest scaled score, and its sums of e^(score - that).
+// What a row of queries has seen so far: the highest score, before it is scaled, and its sums of
+// e^(scale (score - that)). The difference comes first: what is highest then weighs exactly 1.
 struct Running {
     float* highest;
     float* keep;  // what the last keys leave of earlier results
@@ -65,13 +66,11 @@ inline void write_probabilities(BFloat16, float* row, int64_t key, Vec a, Vec b)
 }
 #endif
 
-inline float highest_of(float const* scores, int64_t count, float scale) {
+inline float highest_of(float const* scores, int64_t count) {
     Vec highest = Vec{} - __builtin_inff();
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) highest = larger(load_as<Vec>(scores + i) * scale, highest);
-    if (i < count) {
-        highest = larger(keep_or(load_as<Vec>(scores + i) * scale, count - i, -__builtin_inff()), highest);
-    }
+    for (; i + kLanes <= count; i += kLanes) highest = larger(load_as<Vec>(scores + i), highest);
+    if (i < count) highest = larger(keep_or(load_as<Vec>(scores + i), count - i, -__builtin_inff()), highest);
     return max_lanes(highest);
 }
 
@@ -82,14 +81,14 @@ inline void exponentiate(T type, float* scores, int64_t row, int64_t rows, int64
                          Running const& running) {
     for (int64_t i = 0; i < rows; ++i, scores += row) {
         float const before = running.highest[i];
-        float const now = highest_of(scores, count, scale);
+        float const now = highest_of(scores, count);
         float const highest = before > now ? before : now;
         running.highest[i] = highest;
-        running.keep[i] = exp(Float32{}, Vec{} + (before - highest))[0];
+        running.keep[i] = exp(Float32{}, Vec{} + (before - highest) * scale)[0];
         Vec sum = load_as<Vec>(running.sums + i * kLanes) * running.keep[i];
         for (int64_t key = 0; key < count; key += 2 * kLanes) {
-            Vec a = exp(type, load_as<Vec>(scores + key) * scale - highest);
-            Vec b = exp(type, load_as<Vec>(scores + key + kLanes) * scale - highest);
+            Vec a = exp(type, (load_as<Vec>(scores + key) - highest) * scale);
+            Vec b = exp(type, (load_as<Vec>(scores + key + kLanes) - highest) * scale);
             if (key + 2 * kLanes > count) {
                 a = keep_lanes(a, count - key);
                 b = keep_lanes(b, count - key - kLanes);
@@ -102,11 +101,12 @@ inline void exponentiate(T type, float* scores, int64_t row, int64_t rows, int64
 }
 
 template <class T>
-inline void finish(ForwardParams const& p, Block const& block, float* out, int64_t row, Running const& running) {
+inline void finish(ForwardParams const& p, Block const& block, float* out, int64_t row, float scale,
+                   Running const& running) {
     float* const lse = p.lse + (block.b * p.sizes.N + block.n) * p.sizes.L + block.first;
     for (int64_t i = 0; i < block.count; ++i) {
         double const sum = sum_lanes(load_as<Vec>(running.sums + i * kLanes));
-        lse[i] = float(double(running.highest[i]) + __builtin_log(sum));
+        lse[i] = float(double(running.highest[i]) * double(scale) + __builtin_log(sum));
         running.keep[i] = float(1 / sum);
     }
     write_rows(T{}, out, row, block.count, p.sizes.D, head_of<T>(p.out, block.b, block.n, block.first), p.out.stride_l,
@@ -140,12 +140,22 @@ int64_t forward_room(int64_t D, int64_t queries, int64_t keys) {
     return room.taken();
 }
 
+// Changes the signs of all numbers in so many words.
+template <class T>
+inline void negate(float* words, int64_t count) {
+    uint32_t const signs = kPerWord<T> == 2 ? 0x80008000u : 0x80000000u;
+    for (int64_t i = 0; i < count; i += kLanes) store_as(words + i, load_as<VecBits>(words + i) ^ signs);
+}
+
 template <class T>
 void forward(ForwardParams const& p, Block const& block, float* memory) {
     int64_t const D = p.sizes.D, keys = p.lengths[block.b];
     Room whole(memory);
     ForwardRoom<T> const room(whole, D, block.count, block.keys_at_once);
     pack_rows(tokens_of<T>(p.q, block.b, block.n, block.first, block.count, D), room.rows, room.q);
+    // with a negative scale, the other way round
+    float const scale = __builtin_fabsf(p.scale);
+    if (p.scale < 0) negate<T>(room.q, room.rows * room.words);
     // finite: where all scores so far are -inf, their differences to it are too, and not NaN
     for (int64_t i = 0; i < room.rows; ++i) room.running.highest[i] = -__FLT_MAX__;
     std::memset(room.running.sums, 0, size_t(room.rows * kLanes) * sizeof(float));
@@ -155,12 +165,12 @@ void forward(ForwardParams const& p, Block const& block, float* memory) {
         pack_columns(tokens_of<T>(p.k, block.b, block.n, key, count, D), room.k);
         multiply<T>({room.q, room.words, 1}, block.count, room.k, words_of<T>(D), Panels(count),
                     {room.scores, room.scores_row});
-        exponentiate(T{}, room.scores, room.scores_row, block.count, count, p.scale, room.running);
+        exponentiate(T{}, room.scores, room.scores_row, block.count, count, scale, room.running);
         pack_depth(T{}, tokens_of<T>(p.v, block.b, block.n, key, count, D), room.v);
         multiply<T>({room.scores, room.scores_row, 1}, block.count, room.v, words_of<T>(count), Panels(D),
                     {room.out, room.columns, key ? Before::scaled : Before::ignored, room.running.keep});
     }
-    finish<T>(p, block, room.out, room.columns, room.running);
+    finish<T>(p, block, room.out, room.columns, scale, room.running);
 }
 
 }  // namespace hunyuan_fast::rope3d_attention::HUNYUAN_FAST_ISA
