@@ -79,7 +79,7 @@ FAULTS = {
     "keys of the first sample": Fault("k_ptr + b * stride_kb + n", "k_ptr + n"),
     "32-bit rows": Fault("rows.to(tl.int64)[:, None] * stride", "rows[:, None] * stride", far=True),
     "delta missing in dq": _backward(" - delta[:, None]", ""),
-    "delta missing in dk": _backward(" - delta[None, :]", ""),
+    "delta missing in dk": _backward("-delta[None, :]", "0.0 * delta[None, :]"),
     "delta of the first head": _backward("delta_ptr + row\n", "delta_ptr\n"),
     "dq unscaled": _backward("dq * scale", "dq"),
     "dk unscaled": _backward("dk * scale", "dk"),
@@ -140,11 +140,16 @@ def drawn(seed: int) -> tuple[Truth, list[Tensor]]:
 
 
 def inspect(seed: int) -> None:
+    """Forward first, so that a mistake there costs no backward."""
+    impl = implementations(ROOM)["triton_impl"]
     truth, golden = drawn(seed)
-    out, lse, *gradients = run("triton_impl", truth.inputs, LENGTHS, SCALE)
+    *tensors, dout = truth.inputs
+    arguments = *tensors, torch.tensor(LENGTHS), SCALE
+    out, lse = impl.forward(*arguments)
     truth.judge_out("triton_impl", out, golden)
     truth.judge_lse(lse)
-    truth.judge_gradients("triton_impl", gradients, golden)
+    gradients = impl.backward(dout, out, lse, *arguments)
+    truth.judge_gradients("triton_impl", list(gradients), golden)
 
 
 def inspect_far(seed: int) -> None:
