@@ -27,7 +27,7 @@ def supports(
 
 
 def prefers(arch: str, q: Tensor, *_: object) -> str | None:
-    """``library_impl`` for fp32 without AVX: torch's matrix products take half to 0.8 of the time."""
+    """``library_impl`` for fp32 without AVX: torch's products take half to 0.8 of the time."""
     return "library_impl" if q.dtype == torch.float32 and _C.cpu_isa() == "plain" else None
 
 
