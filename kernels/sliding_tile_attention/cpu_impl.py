@@ -13,7 +13,7 @@ from hunyuan_fast import _C
 from hunyuan_fast.kernels.sliding_tile_attention.library_impl import backward
 from hunyuan_fast.kernels.sliding_tile_attention.windows import Sizes
 
-__all__ = ["VERIFIED_ON", "backward", "forward", "supports"]
+__all__ = ["VERIFIED_ON", "backward", "forward", "prefers", "supports"]
 
 VERIFIED_ON = frozenset({"cpu"})
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +40,11 @@ def supports(
     if any(x.stride(-1) != 1 for x in (q, k, v)):
         return "the features of q, k and v must be adjacent in memory"
     return None
+
+
+def prefers(arch: str, q: Tensor, *_: object) -> str | None:
+    """``library_impl`` for fp32 without AVX: torch's products take 0.4 to 0.6 of the time."""
+    return "library_impl" if q.dtype == torch.float32 and _C.cpu_isa() == "plain" else None
 
 
 def forward(

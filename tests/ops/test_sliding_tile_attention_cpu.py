@@ -56,6 +56,16 @@ def test_heads_of_one_window_and_samples_of_one_length_share_groups(generator):
         assert_equal(run("cpu_impl", alone)[0], out[item : item + 1])
 
 
+@pytest.mark.parametrize("isa", ["plain", "avx2"])
+def test_without_avx_torch_answers_in_fp32(isa, generator, monkeypatch):
+    impl = implementations(ROOM)["cpu_impl"]
+    monkeypatch.setattr(impl._C, "cpu_isa", lambda: isa)
+    for dtype in (torch.float32, torch.bfloat16):
+        reason = explain(ROOM, *draw_call(generator, dtype=dtype).arguments)["cpu_impl"]
+        slower = isa == "plain" and dtype == torch.float32
+        assert reason == ("library_impl is faster for this call" if slower else None)
+
+
 def test_refusals(generator):
     reasons = implementations(ROOM)["cpu_impl"].supports
     call = draw_call(generator)

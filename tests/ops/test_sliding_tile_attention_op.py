@@ -140,7 +140,7 @@ def test_the_cpu_has_answers(generator):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         reasons = explain(ROOM, *draw_call(generator, dtype=dtype).arguments)
         assert reasons["library_impl"] is None
-        if "cpu_impl" in implementations(ROOM):
+        if "cpu_impl" in implementations(ROOM) and dtype != torch.float32:
             assert (reasons["cpu_impl"] is None) == (dtype != torch.float64)
     assert explain(ROOM, *reference.example(torch.device("cpu")))["reference"] is None
 
