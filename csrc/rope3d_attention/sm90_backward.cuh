@@ -1,0 +1,421 @@
+#pragma once
+
+#include "common/sm90_launch.cuh"
+#include "common/sm90_products.cuh"
+#include "common/sm90_tensor_copy.cuh"
+#include "common/sm90_turns.cuh"
+#include "rope3d_attention/sm90_backward.h"
+#include "rope3d_attention/sm90_backward_edges.cuh"
+
+namespace hunyuan_fast::rope3d_attention {
+
+// Registers of a thread after the roles part: 3 x 128 x 168 in all before.
+constexpr int kBackwardProducerRegisters = 24;
+constexpr int kBackwardConsumerRegisters = 240;
+
+struct BackwardMaps {
+    sm90::TensorMap q, k, v, dout;
+};
+
+#ifdef HUNYUAN_SM90A
+
+// Addresses in shared memory, and what a block does.
+template <int Features>
+struct BackwardBlock {
+    using Tile = BackwardTile<Features>;
+
+    uint32_t base;
+    char* memory;    // the same place
+    int batch;
+    int head;
+    int key_tile;
+    int valid;       // rows of the sample
+    int64_t sequence;
+
+    __device__ int first_key() const { return key_tile * kBackwardKeys; }
+    __device__ int query_tiles() const { return tiles_of(valid, Tile::kQueries); }
+
+    __device__ uint32_t keys() const { return base + Tile::kKeysAt; }
+    __device__ uint32_t values() const { return base + Tile::kValuesAt; }
+    __device__ uint32_t queries(int stage) const { return base + Tile::kQueriesAt + stage * Tile::kQueryBytes; }
+    __device__ uint32_t dout(int stage) const { return base + Tile::kDoutAt + stage * Tile::kQueryBytes; }
+    // dS, of the keys of one consumer
+    __device__ uint32_t scores(int stage, int consumer) const {
+        return base + Tile::kScoresAt + stage * Tile::kScoreBytes + consumer * Tile::kQueryBlock;
+    }
+    __device__ uint32_t sums(int consumer) const { return base + Tile::kSumsAt + consumer * Tile::kHalfSums * 4; }
+    __device__ uint32_t lse(int stage) const { return base + Tile::kLseAt + stage * Tile::kRowNumbers; }
+    __device__ uint32_t delta(int stage) const { return base + Tile::kDeltaAt + stage * Tile::kRowNumbers; }
+
+    __device__ uint32_t barrier(int index) const { return base + Tile::kBarriersAt + index * 8; }
+    __device__ uint32_t keys_full() const { return barrier(0); }
+    __device__ uint32_t queries_full(int stage) const { return barrier(1 + stage); }
+    __device__ uint32_t dout_full(int stage) const { return barrier(3 + stage); }
+    __device__ uint32_t stage_free(int stage) const { return barrier(5 + stage); }
+    __device__ uint32_t scores_full(int stage) const { return barrier(7 + stage); }
+    __device__ uint32_t scores_free(int stage) const { return barrier(9 + stage); }
+    __device__ uint32_t sums_full(int consumer) const { return barrier(11 + consumer); }
+    __device__ uint32_t sums_free(int consumer) const { return barrier(13 + consumer); }
+
+    __device__ void init_barriers() const {
+        constexpr int kWarps = kBackwardConsumers * 4;  // a lane of each arrives
+        sm90::init_barrier(keys_full(), 1);
+        for (int stage = 0; stage < kBackwardStages; ++stage) {
+            sm90::init_barrier(queries_full(stage), 1);
+            sm90::init_barrier(dout_full(stage), 1);
+            sm90::init_barrier(stage_free(stage), kWarps);
+            sm90::init_barrier(scores_full(stage), kWarps);
+            sm90::init_barrier(scores_free(stage), kWarps);
+        }
+        for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) {
+            sm90::init_barrier(sums_full(consumer), 4);
+            sm90::init_barrier(sums_free(consumer), 1);
+        }
+        sm90::fence_async_proxy();
+    }
+};
+
+// One thread brings everything: keys and values once, then query tile after query tile.
+template <int Features>
+struct BackwardLoader {
+    using Tile = BackwardTile<Features>;
+    BackwardBlock<Features> const& block;
+    BackwardParams const& p;
+    BackwardMaps const& maps;
+    char const* edge;
+
+    // A tile of `rows` rows, from the tensor or, the last one, from its copy that ends in zeros.
+    __device__ void load(uint32_t to, sm90::TensorMap const& map, int first, int rows, int edge_at,
+                         uint32_t barrier) const {
+        uint32_t const block_bytes = rows * sm90::kRowBytes;
+        if (first + rows > block.valid) {
+            sm90::copy_bulk(to, edge + edge_at, Tile::kBlocks * block_bytes, barrier);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < Tile::kBlocks; ++i) {
+            sm90::copy_tensor(to + i * block_bytes, map, i * sm90::kRowElements, first, block.head, block.batch,
+                              barrier);
+        }
+    }
+
+    __device__ void run(char const* space, BackwardWorkspace const& w) const {
+        sm90::arrive_expecting(block.keys_full(), 2 * Tile::kKeyBytes);
+        load(block.keys(), maps.k, block.first_key(), kBackwardKeys, Tile::kEdgeKeysAt, block.keys_full());
+        load(block.values(), maps.v, block.first_key(), kBackwardKeys, Tile::kEdgeValuesAt, block.keys_full());
+        int64_t const numbers = block.sequence * tiles_of(p.length, Tile::kQueries) * Tile::kRowNumbers;
+        char const *lse = space + w.lse + numbers, *delta = space + w.delta + numbers;
+        sm90::Ring<kBackwardStages> ring;
+        int const rows = block.query_tiles() * Tile::kQueries;
+#pragma unroll 1
+        for (int first = 0; first < rows; first += Tile::kQueries) {
+            uint32_t const queries = block.queries_full(ring.stage), dout = block.dout_full(ring.stage);
+            sm90::wait(block.stage_free(ring.stage), ring.phase ^ 1);
+            sm90::arrive_expecting(queries, Tile::kQueryBytes + Tile::kRowNumbers);
+            load(block.queries(ring.stage), maps.q, first, Tile::kQueries, Tile::kEdgeQueriesAt, queries);
+            sm90::copy_bulk(block.lse(ring.stage), lse, Tile::kRowNumbers, queries);
+            sm90::arrive_expecting(dout, Tile::kQueryBytes + Tile::kRowNumbers);
+            load(block.dout(ring.stage), maps.dout, first, Tile::kQueries, Tile::kEdgeDoutAt, dout);
+            sm90::copy_bulk(block.delta(ring.stage), delta, Tile::kRowNumbers, dout);
+            lse += Tile::kRowNumbers, delta += Tile::kRowNumbers;
+            ring.advance();
+        }
+    }
+};
+
+// One thread for each consumer adds the block's share of dq to the sums in global memory, when it is its turn.
+template <int Features>
+__device__ void add_sums(BackwardBlock<Features> const& block, int consumer, float* sums, int* turns) {
+    using Tile = BackwardTile<Features>;
+    sums += consumer * Tile::kHalfSums;
+    turns += consumer;
+    uint32_t phase = 0;
+    int const tiles = block.query_tiles();
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+        sm90::wait_for_turn(turns, block.key_tile);
+        sm90::wait(block.sums_full(consumer), phase);
+        sm90::reduce_add(sums, block.sums(consumer), Tile::kHalfSums * 4);
+        sm90::commit_stores();
+        sm90::wait_for_store_reads<0>();
+        sm90::arrive(block.sums_free(consumer));
+        sm90::wait_for_stores<0>();
+        sm90::pass_turn(turns, block.key_tile + 1);
+        sums += Tile::kSums, turns += kBackwardConsumers, phase ^= 1;
+    }
+}
+
+// 64 keys of the block: their gradients stay in registers.
+template <class T, int Features>
+struct BackwardConsumer {
+    using Tile = BackwardTile<Features>;
+    static constexpr int kQueries = Tile::kQueries;
+    static constexpr int kFragments = kQueries / sm90::kDepth;
+
+    BackwardBlock<Features> const& block;
+    BackwardParams const& p;
+    int const consumer;
+    int const thread = threadIdx.x % sm90::kWarpgroup;
+    int const warp = thread / 32;
+    int const lane = thread % 32;
+    int const keys = block.valid - block.first_key() - consumer * sm90::kBlockRows;  // of its 64 at least
+
+    // Buffers of step `tile`, and which time round it is. dS begins one step earlier, with zeros.
+    __device__ static int stage_of(int tile) { return tile & 1; }
+    __device__ static int phase_of(int tile) { return tile >> 1 & 1; }
+
+    __device__ void arrive(uint32_t barrier) const {
+        __syncwarp();
+        if (lane == 0) sm90::arrive(barrier);
+    }
+
+    // d = rows of this consumer from a tile of keys or values, times all rows of a tile of queries or dout
+    __device__ void multiply_rows(float (&d)[kQueries / 2], uint32_t keys, uint32_t queries) const {
+        uint64_t const a = sm90::descriptor(keys + consumer * sm90::kBlockRows * sm90::kRowBytes);
+        uint64_t const b = sm90::descriptor(queries);
+        sm90::fence_products();
+#pragma unroll
+        for (int k = 0; k < Features / sm90::kDepth; ++k) {
+            int const at = k / 4, step = k % 4;
+            sm90::multiply<T, kQueries>(d, a + (at * Tile::kKeyBlock >> 4) + sm90::descriptor_step(step),
+                                        b + (at * Tile::kQueryBlock >> 4) + sm90::descriptor_step(step), k > 0);
+        }
+        sm90::commit_products();
+    }
+
+    // d += a b, where b is a tile of queries or dout
+    __device__ void accumulate(float (&d)[Features / 2], uint32_t const (&a)[kFragments][4], uint32_t queries,
+                               int onto) const {
+        uint64_t const b = sm90::descriptor_mn(queries, Tile::kQueryBlock);
+        sm90::fence_products();
+#pragma unroll
+        for (int k = 0; k < kFragments; ++k) {
+            sm90::multiply<T, Features, sm90::Major::MN>(d, a[k], b + sm90::descriptor_step_mn(k), onto | k);
+        }
+        sm90::commit_products();
+    }
+
+    // Begins this consumer's part of dq^T = k^T dS^T, dS of all keys.
+    __device__ void begin_shares(float (&d)[Tile::kSumColumns / 2], int tile) const {
+        int const stage = stage_of(tile);
+        sm90::wait(block.scores_full(stage), phase_of(tile + 1));
+        constexpr bool kByFeatures = Features == 128;
+        uint64_t const a = sm90::descriptor_mn(block.keys() + (kByFeatures ? consumer * Tile::kKeyBlock : 0), 1024);
+        uint32_t const row = kByFeatures ? 0 : consumer * Tile::kSumColumns * sm90::kRowBytes;
+        uint64_t const b = sm90::descriptor(block.scores(stage, 0) + row);
+        sm90::fence_products();
+#pragma unroll
+        for (int k = 0; k < kBackwardKeys / sm90::kDepth; ++k) {
+            sm90::multiply<T, Tile::kSumColumns, sm90::Major::K, sm90::Major::MN>(
+                d, a + sm90::descriptor_step_mn(k), b + (k / 4 * Tile::kQueryBlock >> 4) + sm90::descriptor_step(k % 4),
+                k > 0);
+        }
+        sm90::commit_products();
+    }
+
+    // Two neighbouring numbers of queries, for sums 4 j to 4 j + 3.
+    __device__ float2 numbers(int at, int stage, int j) const {
+        return *reinterpret_cast<float2 const*>(block.memory + at + stage * Tile::kRowNumbers + 32 * j + 8 * (lane % 4));
+    }
+
+    // P from scores.
+    __device__ void exponentiate(float (&s)[kQueries / 2], int stage) const {
+#pragma unroll
+        for (int j = 0; j < kQueries / 8; ++j) {
+            float2 const lse = numbers(Tile::kLseAt, stage, j);
+#pragma unroll
+            for (int i = 4 * j; i < 4 * j + 4; ++i) s[i] = sm90::exp2_approx(fmaf(s[i], p.score_scale, i % 2 ? -lse.y : -lse.x));
+        }
+    }
+
+    // dS from P and dP.
+    __device__ void differentiate(float (&dp)[kQueries / 2], float const (&s)[kQueries / 2], int stage) const {
+#pragma unroll
+        for (int j = 0; j < kQueries / 8; ++j) {
+            float2 const delta = numbers(Tile::kDeltaAt, stage, j);
+#pragma unroll
+            for (int i = 4 * j; i < 4 * j + 4; ++i) dp[i] = s[i] * (dp[i] - (i % 2 ? delta.y : delta.x));
+        }
+    }
+
+    __device__ static void round(uint32_t (&to)[kFragments][4], float const (&from)[kQueries / 2]) {
+#pragma unroll
+        for (int i = 0; i < kFragments * 4; ++i) to[i / 4][i % 4] = sm90::pack<T>(from[2 * i], from[2 * i + 1]);
+    }
+
+    // dS of a step to shared memory: rows are queries there. Of keys that are not there it may be anything, and dq must
+    // not feel it.
+    __device__ void publish(uint32_t const (&scores)[kFragments][4], int tile) const {
+        int const row = lane / 16 * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
+        uint32_t const to = block.scores(stage_of(tile), consumer) + sm90::chunk_offset(row, chunk);
+        sm90::wait(block.scores_free(stage_of(tile)), phase_of(tile + 1) ^ 1);
+#pragma unroll
+        for (int k = 0; k < kFragments; ++k) {
+            uint32_t four[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) four[i] = sm90::fragment_row(thread, i) < keys ? scores[k][i] : 0;
+            sm90::store_matrix_transposed(to + k * sm90::kDepth * sm90::kRowBytes, four);
+        }
+        sm90::fence_async_proxy();
+        arrive(block.scores_full(stage_of(tile)));
+    }
+
+    // The sums of dq to the thread that adds them.
+    __device__ void hand_over(float const (&sums)[Tile::kSumColumns / 2], int tile) const {
+        sm90::wait(block.sums_free(consumer), tile % 2 ^ 1);
+        auto* const to = reinterpret_cast<float*>(block.memory + Tile::kSumsAt);
+#pragma unroll
+        for (int quad = 0; quad < Tile::kSumQuads; ++quad) {
+            float const* const four = &sums[4 * quad];
+            *reinterpret_cast<float4*>(to + backward_sum_at<Features>(consumer, quad, thread)) =
+                make_float4(four[0], four[1], four[2], four[3]);
+        }
+        sm90::fence_async_proxy();
+        arrive(block.sums_full(consumer));
+    }
+
+    // Rows of dk or dv leave by those of this warp in the tile of values.
+    __device__ void write(float const (&sums)[Features / 2], Rows const& rows, float scale) const {
+        constexpr int kChunks = Features / sm90::kChunkElements;
+        int const own = consumer * sm90::kBlockRows + 16 * warp;
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < Features / sm90::kDepth; ++k) {
+            uint32_t four[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) four[i] = sm90::pack<T>(scale * sums[8 * k + 2 * i], scale * sums[8 * k + 2 * i + 1]);
+            int const row = own + lane / 8 % 2 * 8 + lane % 8, chunk = 2 * k + lane / 16;
+            sm90::store_matrix(block.values() + chunk / sm90::kRowChunks * Tile::kKeyBlock +
+                                   sm90::chunk_offset(row, chunk % sm90::kRowChunks), four);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = lane; i < 16 * kChunks; i += 32) {
+            int const row = own + i / kChunks, chunk = i % kChunks, key = block.first_key() + row;
+            auto const* const from = block.memory + Tile::kValuesAt + chunk / sm90::kRowChunks * Tile::kKeyBlock +
+                                     sm90::chunk_offset(row, chunk % sm90::kRowChunks);
+            if (key < block.valid) {
+                *reinterpret_cast<Sixteen*>(chunk_of<T>(rows, block.batch, key, block.head, chunk)) =
+                    *reinterpret_cast<Sixteen const*>(from);
+            }
+        }
+    }
+
+    using Scores = float[kQueries / 2];
+    using Gradients = float[Features / 2];
+    using Shares = float[Tile::kSumColumns / 2];
+
+    __device__ void begin_scores(Scores& s, int tile) const {
+        sm90::wait(block.queries_full(stage_of(tile)), phase_of(tile));
+        multiply_rows(s, block.keys(), block.queries(stage_of(tile)));
+    }
+
+    // With scores begun, P and dP. The exponentials are made beside the products of dP.
+    __device__ void finish_scores(Scores& s, Scores& dp, int tile) const {
+        sm90::wait(block.dout_full(stage_of(tile)), phase_of(tile));
+        multiply_rows(dp, block.values(), block.dout(stage_of(tile)));
+        sm90::wait_for_products<1>();
+        sm90::settle(s);
+        exponentiate(s, stage_of(tile));
+        sm90::wait_for_products<0>();
+        sm90::settle(dp);
+    }
+
+    template <bool More>
+    __device__ void step(Gradients& dk, Gradients& dv, Scores& s, Scores& dp, int tile) const {
+        int const stage = stage_of(tile);
+        differentiate(dp, s, stage);
+        uint32_t probabilities[kFragments][4], scores[kFragments][4];
+        round(probabilities, s);
+        round(scores, dp);
+        accumulate(dv, probabilities, block.dout(stage), tile);
+        publish(scores, tile);
+        accumulate(dk, scores, block.queries(stage), tile);
+        Shares dq;
+        begin_shares(dq, tile - 1);
+        sm90::wait_for_products<1>();
+        arrive(block.stage_free(stage));
+        Scores next, next_dp;
+        if constexpr (More) begin_scores(next, tile + 1);
+        sm90::wait_for_products<More ? 1 : 0>();
+        sm90::settle(dq);
+        arrive(block.scores_free(stage_of(tile - 1)));
+        if (tile > 0) hand_over(dq, tile - 1);
+        if constexpr (More) {
+            finish_scores(next, next_dp, tile + 1);
+#pragma unroll
+            for (int i = 0; i < kQueries / 2; ++i) s[i] = next[i], dp[i] = next_dp[i];
+        }
+    }
+
+    __device__ void run() const {
+        Gradients dk, dv;
+        Scores s, dp;
+        int const tiles = block.query_tiles();
+        publish({}, -1);
+        sm90::wait(block.keys_full(), 0);
+        begin_scores(s, 0);
+        finish_scores(s, dp, 0);
+#pragma unroll 1
+        for (int tile = 0; tile + 1 < tiles; ++tile) step<true>(dk, dv, s, dp, tile);
+        step<false>(dk, dv, s, dp, tiles - 1);
+        Shares dq;
+        begin_shares(dq, tiles - 1);
+        sm90::wait_for_products<0>();
+        sm90::settle(dq), sm90::settle(dk), sm90::settle(dv);
+        hand_over(dq, tiles - 1);
+        // all of the warpgroup's products of values are over
+        sm90::sync_named(1 + consumer, sm90::kWarpgroup);
+        write(dv, p.dv, 1.0f);
+        write(dk, p.dk, p.scale);
+    }
+};
+
+#endif  // HUNYUAN_SM90A
+
+template <class T, int Features>
+__global__ void __launch_bounds__(kBackwardThreads, 1)
+    backward_kernel(__grid_constant__ BackwardParams const p, __grid_constant__ BackwardMaps const maps, int width) {
+#ifdef HUNYUAN_SM90A
+    using Tile = BackwardTile<Features>;
+    char* const allocated = sm90::dynamic_shared();
+    uint32_t const start = sm90::shared_address(allocated);
+    uint32_t const skipped = (sm90::kAtomBytes - start % sm90::kAtomBytes) % sm90::kAtomBytes;
+    BackwardBlock<Features> block{start + skipped, allocated + skipped};
+    char* const space = static_cast<char*>(p.workspace);
+    int const sequences = p.batch * p.heads, key_tiles = tiles_of(p.length, kBackwardKeys);
+    auto const w = backward_workspace<Features>(sequences, p.length);
+    auto* const ticket = reinterpret_cast<int*>(block.memory + Tile::kTicketAt);
+    if (threadIdx.x == 0) {
+        *ticket = sm90::take_ticket(reinterpret_cast<int*>(space + w.ticket));
+        block.init_barriers();
+    }
+    __syncthreads();
+    BackwardWork const work = backward_work(*ticket, sequences, key_tiles, width);
+    block.sequence = work.sequence, block.key_tile = work.key_tile;
+    block.batch = work.sequence / p.heads, block.head = work.sequence % p.heads;
+    block.valid = valid_rows(p, block.batch);
+    if (block.first_key() >= block.valid) return;
+
+    int const role = __shfl_sync(~0u, int(threadIdx.x) / sm90::kWarpgroup, 0);
+    if (role == 0) {
+        sm90::give_registers<kBackwardProducerRegisters>();
+        int const warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
+        if (threadIdx.x % 32 != 0) return;
+        if (warp == 0) {
+            BackwardLoader<Features>{block, p, maps, space + w.edges + block.sequence * Tile::kEdgeBytes}.run(space, w);
+        } else if (warp <= kBackwardConsumers) {
+            int64_t const tile = block.sequence * tiles_of(p.length, Tile::kQueries);
+            add_sums(block, warp - 1, reinterpret_cast<float*>(space + w.sums) + tile * Tile::kSums,
+                     reinterpret_cast<int*>(space + w.turns) + tile * kBackwardConsumers);
+        }
+    } else {
+        sm90::take_registers<kBackwardConsumerRegisters>();
+        BackwardConsumer<T, Features>{block, p, role - 1}.run();
+    }
+#else
+    __trap();
+#endif
+}
+
+}  // namespace hunyuan_fast::rope3d_attention
