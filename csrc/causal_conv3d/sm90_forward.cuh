@@ -4,7 +4,7 @@
 #pragma once
 
 #include "causal_conv3d/sm90_layout.h"
-#include "common/cuda_check.h"
+#include "common/sm90_launch.cuh"
 #include "common/sm90_products.cuh"
 
 namespace hunyuan_fast::causal_conv3d {
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(__grid_constant__ 
                                                               uint32_t column_tiles) {
 #ifdef HUNYUAN_SM90A
     using Shape = Tile<N>;
-    extern __shared__ char allocated[];
+    char* const allocated = sm90::dynamic_shared();
     uint32_t const start = sm90::shared_address(allocated);
     uint32_t const skipped = (sm90::kAtomBytes - start % sm90::kAtomBytes) % sm90::kAtomBytes;
     Stages<Shape> const stages{start + skipped};
@@ -253,16 +253,11 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(__grid_constant__ 
 template <class T, int N>
 void launch(HopperParams const& p, void* stream) {
     using Shape = Tile<N>;
-    int device = 0, processors = 0;
-    HUNYUAN_CUDA_CHECK(cudaGetDevice(&device));
-    HUNYUAN_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    auto const kernel = forward_kernel<T, N>;
-    HUNYUAN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kAllocated));
     auto const column_tiles = uint32_t(ceil_div(p.O, N));
     uint32_t const row_tiles = (p.positions + Shape::kRows - 1) / Shape::kRows, tiles = row_tiles * column_tiles;
-    unsigned const blocks = tiles < unsigned(processors) ? tiles : unsigned(processors);
-    kernel<<<blocks, kThreads, Shape::kAllocated, static_cast<cudaStream_t>(stream)>>>(p, tiles, column_tiles);
-    HUNYUAN_CUDA_CHECK(cudaGetLastError());
+    auto const processors = unsigned(sm90::processors());
+    sm90::launch(forward_kernel<T, N>, tiles < processors ? tiles : processors, kThreads, Shape::kAllocated, stream, p,
+                 tiles, column_tiles);
 }
 
 template <class T>

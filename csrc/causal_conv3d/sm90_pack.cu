@@ -3,7 +3,7 @@
 #include <cuda_fp16.h>
 
 #include "causal_conv3d/sm90_layout.h"
-#include "common/cuda_check.h"
+#include "common/sm90_launch.cuh"
 
 namespace hunyuan_fast::causal_conv3d {
 namespace {
@@ -40,9 +40,7 @@ void pack(HopperWeights const& w, void* packed, void* stream) {
     int const columns = tile_columns(w.O);
     int64_t const chunks = packed_size(w.O, w.C, w.kernel) / sm90::kChunkElements;
     auto const blocks = unsigned((chunks + kPackThreads - 1) / kPackThreads);
-    pack_kernel<T><<<blocks, kPackThreads, 0, static_cast<cudaStream_t>(stream)>>>(w, static_cast<uint4*>(packed),
-                                                                                   chunks, columns);
-    HUNYUAN_CUDA_CHECK(cudaGetLastError());
+    sm90::launch(pack_kernel<T>, blocks, kPackThreads, 0, stream, w, static_cast<uint4*>(packed), chunks, columns);
 }
 
 }  // namespace

@@ -97,6 +97,12 @@ __device__ inline void arrive_named(int barrier, int threads) {
     asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// What x, which is never negative, is made of is computed before the wait that follows. Order in the source alone does
+// not see to that: the assembler puts arithmetic off until the wait is over, and does nothing meanwhile.
+__device__ inline void compute_now(float x) {
+    if (x < 0) asm volatile("nanosleep.u32 0;" ::: "memory");
+}
+
 // ---- copies: "cp.async", "cp.async.mbarrier.arrive", "cp.async.bulk"
 
 // 16 bytes, past the first-level cache; both addresses multiples of 16.

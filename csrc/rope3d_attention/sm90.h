@@ -1,0 +1,40 @@
+// Attention on Hopper: what crosses from the host to the kernels, and their launchers. bf16 and fp16.
+#pragma once
+
+#include <cstdint>
+
+namespace hunyuan_fast::rope3d_attention {
+
+// (B, L, N, D) with adjacent features; strides in elements. Rows begin at multiples of 16 bytes.
+struct Rows {
+    void* data = nullptr;
+    int64_t stride_b = 0;
+    int64_t stride_l = 0;
+    int64_t stride_n = 0;
+};
+
+// The first lengths[b] tokens of sample b take part, clamped to [0, L].
+struct Lengths {
+    int32_t const* data = nullptr;  // null: all of them. Of 64-bit lengths the low halves
+    int64_t step = 0;               // from one to the next, in 32-bit words
+};
+
+struct HopperParams {
+    int B = 0;
+    int L = 0;
+    int N = 0;
+    int D = 0;  // 64 or 128
+    float scale = 0;  // of the scores, positive
+    Lengths lengths;
+    Rows q;
+    Rows k;
+    Rows v;
+    Rows out;
+    float* lse = nullptr;  // (B, N, L)
+    int key_tile = 0;      // how many keys a step takes: 128 or 176
+};
+
+void run_hopper_bf16(HopperParams const& params, void* stream);
+void run_hopper_f16(HopperParams const& params, void* stream);
+
+}  // namespace hunyuan_fast::rope3d_attention

@@ -1,0 +1,79 @@
+// What Python sees of the Hopper kernels: tensors are checked, turned into the structs of sm90.h, and handed on.
+#ifdef HUNYUAN_FAST_CUDA
+
+#include <limits>
+
+#include "common/check.h"
+#include "common/registry.h"
+#include "common/tensor_caster.h"
+#include "rope3d_attention/sm90_layout.h"
+
+namespace py = pybind11;
+
+namespace hunyuan_fast::rope3d_attention {
+namespace {
+
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 2 * kQueryRows;  // with room for the last tile
+
+int narrowed(int64_t n) {
+    HUNYUAN_CHECK(n > 0 && n <= kMost, "every size must be 1 to ", kMost, ", got ", n);
+    return int(n);
+}
+
+void check_on_gpu(TensorView const& t, char const* name, TensorView const& q) {
+    HUNYUAN_CHECK(t.device != kHost && t.device == q.device, name, " must be on a CUDA device, that of q");
+}
+
+// (B, L, N, D) as q, with adjacent features, whose rows begin at multiples of 16 bytes.
+Rows rows_of(TensorView const& t, char const* name, TensorView const& q) {
+    HUNYUAN_CHECK(t.dtype == q.dtype && (t.dtype == DType::bf16 || t.dtype == DType::f16), name,
+                  " must be bfloat16 or float16, as q, got ", name_of(t.dtype));
+    check_on_gpu(t, name, q);
+    HUNYUAN_CHECK(t.ndim == 4 && t.size == q.size, name, " must have the shape of q, ", q.shape(), ", got ", t.shape());
+    bool aligned = t.stride[3] == 1 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+    for (int axis = 0; axis < 3; ++axis) {
+        int64_t const stride = t.stride[axis];
+        aligned = aligned && (t.size[axis] == 1 || (stride > 0 && stride % sm90::kChunkElements == 0));
+    }
+    HUNYUAN_CHECK(aligned, name, " must have adjacent features, each row at a multiple of 16 bytes");
+    return {t.data, t.stride[0], t.stride[1], t.stride[2]};
+}
+
+Lengths lengths_of(TensorView const& t, TensorView const& q) {
+    if (!t.given()) return {};
+    bool const fits = t.ndim == 1 && t.size[0] == q.size[0] && (t.dtype == DType::i32 || t.dtype == DType::i64);
+    HUNYUAN_CHECK(fits, "kv_len must be (B,), int32 or int64, got ", t.shape(), " of ", name_of(t.dtype));
+    check_on_gpu(t, "kv_len", q);
+    return {t.as<int32_t>(), t.stride[0] * (t.dtype == DType::i64 ? 2 : 1)};
+}
+
+void forward(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const& kv_len, double scale,
+             TensorView const& out, TensorView const& lse, int key_tile, uintptr_t stream) {
+    HUNYUAN_CHECK(q.ndim == 4, "q must have 4 dimensions, got ", q.shape());
+    HopperParams p;
+    p.B = narrowed(q.size[0]), p.L = narrowed(q.size[1]), p.N = narrowed(q.size[2]), p.D = narrowed(q.size[3]);
+    HUNYUAN_CHECK(p.D == 64 || p.D == 128, "the head dimension must be 64 or 128, got ", p.D);
+    HUNYUAN_CHECK(items_of(p) <= kMost, "there may be ", kMost, " tiles of queries, got ", items_of(p));
+    HUNYUAN_CHECK(scale > 0, "scale must be positive, got ", scale);
+    HUNYUAN_CHECK(key_tile == 128 || key_tile == 176, "key_tile must be 128 or 176, got ", key_tile);
+    p.scale = float(scale), p.key_tile = key_tile;
+    p.q = rows_of(q, "q", q), p.k = rows_of(k, "k", q), p.v = rows_of(v, "v", q), p.out = rows_of(out, "out", q);
+    p.lengths = lengths_of(kv_len, q);
+    bool const fits = lse.ndim == 3 && lse.size[0] == p.B && lse.size[1] == p.N && lse.size[2] == p.L;
+    HUNYUAN_CHECK(fits && lse.dtype == DType::f32 && lse.is_contiguous(), "lse must be (B, N, L), float32, got ",
+                  lse.shape(), " of ", name_of(lse.dtype));
+    check_on_gpu(lse, "lse", q);
+    p.lse = lse.as<float>();
+    auto const run = q.dtype == DType::bf16 ? run_hopper_bf16 : run_hopper_f16;
+    run(p, reinterpret_cast<void*>(stream));
+}
+
+}  // namespace
+
+HUNYUAN_FAST_BIND(rope3d_attention_hopper, m) {
+    m.def("rope3d_attention_forward_hopper", &forward, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace hunyuan_fast::rope3d_attention
+
+#endif  // HUNYUAN_FAST_CUDA

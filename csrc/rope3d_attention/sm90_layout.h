@@ -1,0 +1,75 @@
+// All index arithmetic of the Hopper kernels, as functions of numbers: host tests run the same.
+//
+// A thread block takes 128 query rows of one head, 64 for each of two consumer warpgroups, and goes through the keys in
+// tiles. Warpgroup 0 fetches.
+#pragma once
+
+#include "common/sm90_layout.h"
+#include "rope3d_attention/sm90.h"
+
+namespace hunyuan_fast::rope3d_attention {
+
+constexpr int kThreads = 3 * sm90::kWarpgroup;
+constexpr int kConsumers = 2;
+constexpr int kConsumerWarps = kConsumers * sm90::kWarpgroup / 32;
+constexpr int kQueryRows = kConsumers * sm90::kBlockRows;
+constexpr int kStages = 2;
+
+HUNYUAN_HOST_DEVICE constexpr int ceil_div(int n, int by) { return n / by + (n % by != 0); }
+
+// Shared memory from a multiple of 1024 bytes on: the queries of each consumer, stages of keys, stages of values,
+// barriers. An operand is blocks of 64 features, of a row of 128 bytes for each token.
+template <int D, int Keys>
+struct Shape {
+    static_assert(D % sm90::kRowElements == 0 && Keys % sm90::kDepth == 0);
+    static constexpr int kFeatures = D;
+    static constexpr int kKeys = Keys;
+    static constexpr int kBlocks = D / sm90::kRowElements;
+    static constexpr uint32_t kQueryBlockBytes = sm90::kBlockRows * sm90::kRowBytes;
+    static constexpr uint32_t kKeyBlockBytes = Keys * sm90::kRowBytes;
+    static constexpr uint32_t kQueryBytes = kBlocks * kQueryBlockBytes;
+    static constexpr uint32_t kTileBytes = kBlocks * kKeyBlockBytes;
+    static constexpr uint32_t kKeysAt = kConsumers * kQueryBytes;
+    static constexpr uint32_t kValuesAt = kKeysAt + kStages * kTileBytes;
+    static constexpr uint32_t kBarriersAt = kValuesAt + kStages * kTileBytes;
+    static constexpr int kBarriers = 2 * kConsumers + 6 * kStages;
+    static constexpr uint32_t kAllocated = kBarriersAt + kBarriers * 8 + sm90::kAtomBytes;  // for the alignment
+
+    static_assert(kKeyBlockBytes % sm90::kAtomBytes == 0 && kAllocated <= sm90::kSharedBytes);
+};
+
+// ---- items: 128 query rows of one head
+
+// All heads of a sample one after the other, and of each all query rows before the next: the thread blocks go through
+// the keys and values of one head together, so that the second-level cache has what one of them fetched for the others.
+struct Item {
+    int b = 0;
+    int n = 0;
+    int first_row = 0;
+};
+
+HUNYUAN_HOST_DEVICE constexpr int items_of_head(int L) { return ceil_div(L, kQueryRows); }
+
+HUNYUAN_HOST_DEVICE constexpr int64_t items_of(HopperParams const& p) {
+    return int64_t(p.B) * p.N * items_of_head(p.L);
+}
+
+HUNYUAN_HOST_DEVICE constexpr Item item_of(HopperParams const& p, uint32_t index) {
+    uint32_t const per_head = uint32_t(items_of_head(p.L)), head = index / per_head;
+    return {int(head / uint32_t(p.N)), int(head % uint32_t(p.N)), int(index % per_head) * kQueryRows};
+}
+
+// ---- tiles of keys
+
+// The last tile comes first: it alone may be part padding.
+HUNYUAN_HOST_DEVICE constexpr int first_key(int step, int tiles, int keys) {
+    return (step == 0 ? tiles - 1 : step - 1) * keys;
+}
+
+// Which chunks of 16 bytes a lane copies of a tile whose rows have so many: neighbours along the row.
+HUNYUAN_HOST_DEVICE constexpr int copied_row(int lane, int pass, int chunks) {
+    return pass * (32 / chunks) + lane / chunks;
+}
+HUNYUAN_HOST_DEVICE constexpr int copied_chunk(int lane, int chunks) { return lane % chunks; }
+
+}  // namespace hunyuan_fast::rope3d_attention

@@ -1,0 +1,86 @@
+"""Attention in 16 bits on Hopper: its tensor cores and its copy engine.
+
+Lengths stay on the device, and padding among the keys is not read. Forward only: gradients are the
+library's.
+"""
+
+import torch
+from torch import Tensor
+
+from hunyuan_fast import _C
+from hunyuan_fast.kernels.rope3d_attention import library_impl
+
+# No GPU has run these kernels yet.
+VERIFIED_ON: frozenset[str] = frozenset()
+_DTYPES = (torch.bfloat16, torch.float16)
+_HEAD_DIMS = (64, 128)
+# Keys of a step. The more of them, the fewer steps; both fit the shared memory.
+_KEY_TILE = 176
+_QUERY_TILE = 128  # kQueryRows in csrc/rope3d_attention/sm90_layout.h
+_MOST_TILES = 2**31 - 2**10  # of queries: they are counted in 31 bits
+_CONTIGUOUS = torch.contiguous_format
+_CHUNK = 8  # values in 16 bytes, which rows begin at a multiple of
+
+backward = library_impl.backward
+
+
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+) -> str | None:
+    """None, or why the CUDA kernel cannot answer this call."""
+    if q.dtype not in _DTYPES:
+        return f"q must be bfloat16 or float16, it is {q.dtype}"
+    batch, length, num_heads, head_dim = q.shape
+    if head_dim not in _HEAD_DIMS:
+        return f"the head dimension must be 64 or 128, it is {head_dim}"
+    if not q.numel():
+        return f"the tensors must not be empty, the shape of q is {tuple(q.shape)}"
+    tiles = batch * num_heads * -(-length // _QUERY_TILE)
+    if tiles > _MOST_TILES:
+        return f"there must be at most {_MOST_TILES} tiles of queries, there are {tiles}"
+    if not scale > 0:
+        return f"scale must be positive, it is {scale}"
+    if q.device.type != "cuda":
+        return f"q must be on a CUDA device, it is on {q.device}"
+    major, minor = torch.cuda.get_device_capability(q.device)
+    if (major, minor) != (9, 0):
+        return f"the GPU must be sm_90, it is sm_{major}{minor}"
+    return None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    *,
+    key_tile: int = _KEY_TILE,
+) -> tuple[Tensor, Tensor]:
+    """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L).
+
+    key_tile: keys of a step, 128 or 176.
+    """
+    q, k, v = (x if _is_aligned(x) else x.clone(memory_format=_CONTIGUOUS) for x in (q, k, v))
+    batch, length, num_heads, _ = q.shape
+    aligned = out is not None and _is_aligned(out)
+    result = out if aligned else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, num_heads, length), dtype=torch.float32, device=q.device)
+    with torch.cuda.device(q.device):
+        stream = torch.cuda.current_stream(q.device).cuda_stream
+        _C.rope3d_attention_forward_hopper(q, k, v, kv_len, scale, result, lse, key_tile, stream)
+    if out is not None and not aligned:
+        out.copy_(result)
+        result = out
+    return result, lse
+
+
+def _is_aligned(t: Tensor) -> bool:
+    """Whether features are adjacent, every row at a multiple of 16 bytes, no two in one place."""
+    steps = [t.stride(axis) for axis in range(3) if t.shape[axis] > 1]
+    return (
+        t.stride(3) == 1
+        and t.data_ptr() % 16 == 0
+        and all(step > 0 and step % _CHUNK == 0 for step in steps)
+    )

@@ -1,0 +1,227 @@
+// A thread block of the emulated machine: fibers, and all that they share.
+#pragma once
+
+#include <csetjmp>
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <ucontext.h>
+#include <vector>
+
+#include "machine/machine.h"
+#include "machine/shared.h"
+
+namespace hopper {
+
+constexpr int kWarp = 32;
+constexpr int kGroup = 128;
+constexpr uint32_t kAll = ~0u;
+
+// When asynchronous work is done.
+enum class Timing { late, early, drawn };
+
+enum class Waiting { nothing, warp, barrier, named, issue, registers };
+
+// What a thread waits for, for reports.
+struct Reason {
+    Waiting kind = Waiting::nothing;
+    char const* what = "";
+    uint64_t number = 0;
+    uint64_t more = 0;
+};
+
+// What a thread brings to something that a warp does as one.
+struct WarpCall {
+    char const* what = "";
+    uint32_t lanes = 0;
+    void const* data = nullptr;
+};
+
+// A copy from shared to global memory, of a group of its thread.
+struct Store {
+    uint32_t from = 0;
+    uint32_t bytes = 0;
+    bool adds = false;
+    float* to = nullptr;
+    Box box;
+    int at[4] = {};
+    bool read = false;
+    bool written = false;
+    bool waited = false;  // its thread has waited for its read
+    std::vector<uint8_t> held;
+};
+
+struct ChunkCopy {
+    uint32_t to;
+    uint32_t bytes;
+    void const* from;
+};
+
+struct Fiber {
+    int number = 0;
+    enum { ready, waiting, done } state = ready;
+    bool started = false;
+    ucontext_t entry;
+    jmp_buf at;
+    Reason reason;
+    WarpCall call;
+    std::vector<ChunkCopy> chunks;                       // begun, and followed by no arrival yet
+    std::vector<std::shared_ptr<Store>> open;            // of no group yet
+    std::deque<std::vector<std::shared_ptr<Store>>> stores;  // groups
+};
+
+struct Barrier {
+    int expected = 0;
+    int pending = 0;
+    int64_t bytes = 0;
+    uint64_t phase = 0;
+    std::vector<Fiber*> waiting;
+};
+
+struct NamedBarrier {
+    int threads = 0;
+    int arrived = 0;
+    std::vector<int> warps;
+    std::vector<Fiber*> waiting;
+};
+
+// On its way to shared memory: a run of bytes, a box, or the chunks of a thread.
+struct Copy {
+    enum { bulk, box, chunks } kind = bulk;
+    uint32_t to = 0;
+    uint32_t bytes = 0;
+    char const* from = nullptr;
+    Box map;
+    int at[4] = {};
+    uint32_t barrier = 0;
+    int thread = 0;
+    std::vector<ChunkCopy> pieces;
+};
+
+// The sums of products that follow each other in the same registers.
+struct Sums {
+    int columns = 0;
+    std::vector<float> values;  // 64 rows
+    float* registers[kGroup] = {};
+};
+
+struct Product {
+    ProductCall call;
+    std::shared_ptr<Sums> sums;
+    std::vector<uint32_t> a;  // addresses of 16-byte chunks
+    std::vector<uint32_t> b;
+    uint32_t const* fragments[kGroup] = {};
+    uint32_t held[kGroup][4] = {};
+    bool commit = false;  // not a product, but the end of a group
+    int warps = 0;        // that have asked for it
+    bool computed = false;
+    bool finished = false;
+};
+
+struct Warp {
+    uint64_t next = 0;     // number of its next product or commit
+    bool fenced = false;
+    std::vector<uint64_t> groups;  // numbers of its commits
+    struct Held {
+        std::shared_ptr<Sums> sums;
+        uint64_t last;     // product
+    };
+    std::vector<Held> held;
+    int registers = 0;
+};
+
+struct Group {
+    std::deque<std::unique_ptr<Product>> products;
+    uint64_t first = 0;     // number of products.front()
+    uint64_t computed = 0;  // all before this one are
+    std::vector<Fiber*> waiting;
+
+    Product& at(uint64_t number) { return *products[number - first]; }
+    uint64_t end() const { return first + products.size(); }
+};
+
+struct Block {
+    explicit Block(Shape const& shape);
+
+    Shape shape;
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    std::vector<Group> groups;
+    std::vector<Fiber*> ready;
+    Shared shared;
+    std::map<uint32_t, Barrier> barriers;
+    NamedBarrier named[16];
+    std::vector<Copy> copies;
+    std::vector<std::shared_ptr<Store>> stores;
+    int free_registers = 0;
+    std::vector<Fiber*> waiting_for_registers;
+    int elected = 0;
+};
+
+// ---- the launch under way (launch.cpp)
+
+struct Machine {
+    uint64_t seed = 0;
+    int processors = 3;
+    Timing copies = Timing::late;
+    Timing products = Timing::late;
+    std::mt19937_64 random;
+    std::unique_ptr<Block> block;
+    Fiber* running = nullptr;
+    std::string fault;
+
+    // An event in one of `count` cases.
+    bool draw(int count) { return random() % count == 0; }
+};
+
+extern Machine machine;
+
+inline Block& block() { return *machine.block; }
+inline Fiber& self() { return *machine.running; }
+inline int warp_of(Fiber const& fiber) { return fiber.number / kWarp; }
+inline int lane_of(Fiber const& fiber) { return fiber.number % kWarp; }
+
+// Memory of a tensor; all that a kernel may touch.
+void check_global(void const* pointer, uint64_t bytes, char const* what);
+
+// ---- fibers (fibers.cpp)
+
+void pause();                       // lets others run
+void block_for(Reason const& why);  // until woken
+void wake(Fiber& fiber);
+void wake_all(std::vector<Fiber*>& fibers);
+void run_block(std::function<void()> const& kernel);
+std::string who_waits();
+
+// True in the thread that arrives last and acts for the lanes; the others return when it has released them.
+bool gather(char const* what, uint32_t lanes, void const* data);
+void release(uint32_t lanes);
+
+template <class T>
+T const& brought(int lane) {
+    return *static_cast<T const*>(block().fibers[warp_of(self()) * kWarp + lane].call.data);
+}
+
+template <class Action>
+void together(char const* what, uint32_t lanes, void const* data, Action const& action) {
+    if (!gather(what, lanes, data)) return;
+    action();
+    release(lanes);
+}
+
+// ---- asynchronous work
+
+Barrier& barrier_at(uint32_t address, char const* what);
+void count_arrival(uint32_t barrier);
+void count_bytes(uint32_t barrier, int64_t bytes);
+std::string describe(uint32_t address, Barrier const& barrier);
+
+bool land_some_copy();    // copies.cpp; false where none is under way
+bool do_some_store();
+void finish_stores();
+bool compute_some_product();  // products.cpp
+void check_no_products();
+
+}  // namespace hopper
