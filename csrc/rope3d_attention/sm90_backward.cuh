@@ -33,7 +33,7 @@ struct BackwardBlock {
     int64_t sequence;
 
     __device__ int first_key() const { return key_tile * kBackwardKeys; }
-    __device__ int query_tiles() const { return tiles_of(valid, Tile::kQueries); }
+    __device__ int query_tiles() const { return ceil_div(valid, Tile::kQueries); }
 
     __device__ uint32_t keys() const { return base + Tile::kKeysAt; }
     __device__ uint32_t values() const { return base + Tile::kValuesAt; }
@@ -103,7 +103,7 @@ struct BackwardLoader {
         sm90::arrive_expecting(block.keys_full(), 2 * Tile::kKeyBytes);
         load(block.keys(), maps.k, block.first_key(), kBackwardKeys, Tile::kEdgeKeysAt, block.keys_full());
         load(block.values(), maps.v, block.first_key(), kBackwardKeys, Tile::kEdgeValuesAt, block.keys_full());
-        int64_t const numbers = block.sequence * tiles_of(p.length, Tile::kQueries) * Tile::kRowNumbers;
+        int64_t const numbers = block.sequence * ceil_div(p.L, Tile::kQueries) * Tile::kRowNumbers;
         char const *lse = space + w.lse + numbers, *delta = space + w.delta + numbers;
         sm90::Ring<kBackwardStages> ring;
         int const rows = block.query_tiles() * Tile::kQueries;
@@ -383,8 +383,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     uint32_t const skipped = (sm90::kAtomBytes - start % sm90::kAtomBytes) % sm90::kAtomBytes;
     BackwardBlock<Features> block{start + skipped, allocated + skipped};
     char* const space = static_cast<char*>(p.workspace);
-    int const sequences = p.batch * p.heads, key_tiles = tiles_of(p.length, kBackwardKeys);
-    auto const w = backward_workspace<Features>(sequences, p.length);
+    int const sequences = p.B * p.N, key_tiles = ceil_div(p.L, kBackwardKeys);
+    auto const w = backward_workspace<Features>(sequences, p.L);
     auto* const ticket = reinterpret_cast<int*>(block.memory + Tile::kTicketAt);
     if (threadIdx.x == 0) {
         *ticket = sm90::take_ticket(reinterpret_cast<int*>(space + w.ticket));
@@ -393,7 +393,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     __syncthreads();
     BackwardWork const work = backward_work(*ticket, sequences, key_tiles, width);
     block.sequence = work.sequence, block.key_tile = work.key_tile;
-    block.batch = work.sequence / p.heads, block.head = work.sequence % p.heads;
+    block.batch = work.sequence / p.N, block.head = work.sequence % p.N;
     block.valid = valid_rows(p, block.batch);
     if (block.first_key() >= block.valid) return;
 
@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
         if (warp == 0) {
             BackwardLoader<Features>{block, p, maps, space + w.edges + block.sequence * Tile::kEdgeBytes}.run(space, w);
         } else if (warp <= kBackwardConsumers) {
-            int64_t const tile = block.sequence * tiles_of(p.length, Tile::kQueries);
+            int64_t const tile = block.sequence * ceil_div(p.L, Tile::kQueries);
             add_sums(block, warp - 1, reinterpret_cast<float*>(space + w.sums) + tile * Tile::kSums,
                      reinterpret_cast<int*>(space + w.turns) + tile * kBackwardConsumers);
         }
@@ -416,6 +416,37 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 #else
     __trap();
 #endif
+}
+
+template <class T>
+sm90::TensorMap backward_map(BackwardParams const& p, Rows const& rows, int box_rows) {
+    sm90::TensorBox box;
+    box.data = rows.data;
+    box.element = std::is_same_v<T, __half> ? sm90::Element::f16 : sm90::Element::bf16;
+    int64_t const size[4] = {p.D, p.L, p.N, p.B}, stride[4] = {1, rows.stride_l, rows.stride_n, rows.stride_b};
+    int const extent[4] = {sm90::kRowElements, box_rows, 1, 1};
+    for (int i = 0; i < 4; ++i) box.size[i] = size[i], box.stride[i] = stride[i], box.box[i] = extent[i];
+    return sm90::make_tensor_map(box);
+}
+
+template <class T, int Features>
+void run_backward_of(BackwardParams const& p, void* stream) {
+    using Tile = BackwardTile<Features>;
+    constexpr int kRows = Tile::kQueries;
+    BackwardMaps const maps{backward_map<T>(p, p.q, kRows), backward_map<T>(p, p.k, kBackwardKeys),
+                            backward_map<T>(p, p.v, kBackwardKeys), backward_map<T>(p, p.dout, kRows)};
+    int const query_tiles = ceil_div(p.L, kRows), sequences = p.B * p.N;
+    int const blocks = sequences * ceil_div(p.L, kBackwardKeys);
+    int const width = backward_width(sm90::processors(), query_tiles, sequences);
+    dim3 const each_tile(query_tiles, p.N, p.B);
+    sm90::launch(prepare_kernel<T, Features>, each_tile, kEdgeThreads, 0, stream, p);
+    sm90::launch(backward_kernel<T, Features>, dim3(blocks), kBackwardThreads, Tile::kAllocated, stream, p, maps, width);
+    sm90::launch(finish_kernel<T, Features>, each_tile, kEdgeThreads, kRows * kFinishColumns<Features> * 4, stream, p);
+}
+
+template <class T>
+void run_backward(BackwardParams const& p, void* stream) {
+    p.D == 64 ? run_backward_of<T, 64>(p, stream) : run_backward_of<T, 128>(p, stream);
 }
 
 }  // namespace hunyuan_fast::rope3d_attention

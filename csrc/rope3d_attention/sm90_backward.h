@@ -4,29 +4,28 @@
 
 #include <cstdint>
 
-#include "common/sm90_layout.h"
+#include "rope3d_attention/sm90_layout.h"
 
 namespace hunyuan_fast::rope3d_attention {
 
-// (B, L, N, D) with adjacent features; strides in elements. Rows begin at multiples of 16 bytes.
-struct Rows {
-    void* data = nullptr;
-    int64_t stride_batch = 0;
-    int64_t stride_row = 0;
-    int64_t stride_head = 0;
-};
-
 struct BackwardParams {
-    int batch = 0;
-    int length = 0;
-    int heads = 0;
-    float scale = 0;
-    float score_scale = 0;         // scale / log(2)
-    Rows q, k, v, out, dout;
-    Rows dq, dk, dv;
-    float const* lse = nullptr;    // (B, N, L), natural
-    int const* kv_len = nullptr;   // (B,), or null: all L
-    void* workspace = nullptr;     // backward_workspace_bytes, at a multiple of 128; holds nothing yet
+    int B = 0;
+    int L = 0;
+    int N = 0;
+    int D = 0;                 // 64 or 128
+    float scale = 0;           // of the scores
+    float score_scale = 0;     // scale / log(2)
+    Lengths lengths;
+    Rows q;
+    Rows k;
+    Rows v;
+    Rows out;
+    Rows dout;
+    Rows dq;
+    Rows dk;
+    Rows dv;
+    float const* lse = nullptr;  // (B, N, L)
+    void* workspace = nullptr;   // of backward_workspace, at a multiple of 128; what it holds before does not matter
 };
 
 constexpr int kBackwardKeys = 128;  // of a block
@@ -80,8 +79,6 @@ struct BackwardTile {
     static constexpr int kEdgeBytes = 2 * (kQueryBytes + kKeyBytes);
 };
 
-HUNYUAN_HOST_DEVICE constexpr int tiles_of(int rows, int tile) { return (rows + tile - 1) / tile; }
-
 // What the kernels leave for each other, from the start of the workspace. A sequence is one head of one sample.
 struct BackwardWorkspace {
     int64_t lse;     // (sequences, query tiles, queries) in units of log 2, +inf where there is no query
@@ -96,7 +93,7 @@ struct BackwardWorkspace {
 template <int Features>
 HUNYUAN_HOST_DEVICE constexpr BackwardWorkspace backward_workspace(int64_t sequences, int length) {
     using Tile = BackwardTile<Features>;
-    int64_t const tiles = sequences * tiles_of(length, Tile::kQueries);
+    int64_t const tiles = sequences * ceil_div(length, Tile::kQueries);
     BackwardWorkspace w{};
     w.lse = 0;
     w.delta = w.lse + (tiles * Tile::kRowNumbers + 127) / 128 * 128;
@@ -123,8 +120,8 @@ HUNYUAN_HOST_DEVICE constexpr int backward_sum_query(int consumer, int quad, int
            sm90::accumulator_column(thread, 4 * quad + e);
 }
 
-// Which keys of which sequence a block takes, by its ticket. `width` sequences go side by side, all of them at their
-// first keys, then at their second ones: blocks that run at a time share few query tiles, or rather many.
+// Which keys of which sequence a block takes, by its ticket: `width` sequences side by side, first the first keys of all
+// of them, then the second ones.
 struct BackwardWork {
     int sequence;
     int key_tile;
@@ -136,16 +133,21 @@ HUNYUAN_HOST_DEVICE constexpr BackwardWork backward_work(int ticket, int sequenc
     return {first + place % here, place / here};
 }
 
-// Blocks of a sequence follow each other through the query tiles at a distance of some steps. So many sequences side by
-// side that the last block of them all is not a whole round behind the first.
+// Blocks of a sequence follow each other through its query tiles at a distance of some steps. Of all blocks that run at
+// a time the last should not be a whole round behind the first; beyond that, the fewer sequences, the more blocks read
+// the same queries at about the same time.
 constexpr int kBackwardLag = 4;
 constexpr int backward_width(int processors, int query_tiles, int sequences) {
-    int const width = tiles_of(processors * kBackwardLag, query_tiles > 0 ? query_tiles : 1);
+    int const width = ceil_div(processors * kBackwardLag, query_tiles > 0 ? query_tiles : 1);
     return width < sequences ? width : sequences;
 }
 
-int64_t backward_workspace_bytes(int64_t sequences, int length, int features);
-void run_backward_bf16(BackwardParams const& params, int features, void* stream);
-void run_backward_f16(BackwardParams const& params, int features, void* stream);
+inline int64_t backward_workspace_bytes(BackwardParams const& p) {
+    int64_t const sequences = int64_t(p.B) * p.N;
+    return p.D == 64 ? backward_workspace<64>(sequences, p.L).bytes : backward_workspace<128>(sequences, p.L).bytes;
+}
+
+void run_backward_bf16(BackwardParams const& params, void* stream);
+void run_backward_f16(BackwardParams const& params, void* stream);
 
 }  // namespace hunyuan_fast::rope3d_attention

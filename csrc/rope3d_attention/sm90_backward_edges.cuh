@@ -6,11 +6,11 @@
 
 #include "common/sm90.cuh"
 #include "rope3d_attention/sm90_backward.h"
+#include "rope3d_attention/sm90_softmax.cuh"
 
 namespace hunyuan_fast::rope3d_attention {
 
 constexpr int kEdgeThreads = 256;
-constexpr float kLog2E = 1.4426950408889634f;
 
 struct alignas(16) Sixteen {
     uint32_t words[4];
@@ -19,7 +19,7 @@ struct alignas(16) Sixteen {
 // Eight values of a row, or the place for them.
 template <class T>
 __device__ T* chunk_of(Rows const& rows, int64_t batch, int64_t row, int64_t head, int chunk) {
-    return static_cast<T*>(rows.data) + batch * rows.stride_batch + row * rows.stride_row + head * rows.stride_head +
+    return static_cast<T*>(rows.data) + batch * rows.stride_b + row * rows.stride_l + head * rows.stride_n +
            chunk * sm90::kChunkElements;
 }
 
@@ -33,7 +33,9 @@ __device__ float2 unpacked(uint32_t pair) {
 }
 
 __device__ inline int valid_rows(BackwardParams const& p, int batch) {
-    return p.kv_len == nullptr ? p.length : p.kv_len[batch];
+    if (p.lengths.data == nullptr) return p.L;
+    int const length = p.lengths.data[batch * p.lengths.step];
+    return length < 0 ? 0 : length > p.L ? p.L : length;
 }
 
 // `rows` rows from `first` on, as a tile lies in shared memory; zeros from row `valid` on.
@@ -78,8 +80,8 @@ __global__ void __launch_bounds__(kEdgeThreads) prepare_kernel(__grid_constant__
     constexpr int kChunks = Features / sm90::kChunkElements;
     int const tile = blockIdx.x, head = blockIdx.y, batch = blockIdx.z, thread = threadIdx.x;
     int const first = tile * Tile::kQueries, valid = valid_rows(p, batch);
-    int64_t const sequence = int64_t(batch) * p.heads + head, at = sequence * gridDim.x + tile;
-    auto const w = backward_workspace<Features>(int64_t(p.batch) * p.heads, p.length);
+    int64_t const sequence = int64_t(batch) * p.N + head, at = sequence * gridDim.x + tile;
+    auto const w = backward_workspace<Features>(int64_t(p.B) * p.N, p.L);
     char* const space = static_cast<char*>(p.workspace);
     auto* const lse = reinterpret_cast<float*>(space + w.lse) + at * Tile::kQueries;
     auto* const delta = reinterpret_cast<float*>(space + w.delta) + at * Tile::kQueries;
@@ -87,10 +89,10 @@ __global__ void __launch_bounds__(kEdgeThreads) prepare_kernel(__grid_constant__
         int const query = first + row, chunk = thread % kChunks;
         float const sum = delta_of<T, Features>(p, batch, query, head, chunk, valid);
         if (chunk == 0) {
-            lse[row] = query < valid ? p.lse[sequence * p.length + query] * kLog2E : INFINITY;
+            lse[row] = query < valid ? p.lse[sequence * p.L + query] * kLog2E : INFINITY;
             delta[row] = sum;
         }
-        if (query >= valid && query < p.length) {
+        if (query >= valid && query < p.L) {
             for (Rows const* gradient : {&p.dq, &p.dk, &p.dv}) {
                 *reinterpret_cast<Sixteen*>(chunk_of<T>(*gradient, batch, query, head, chunk)) = Sixteen{};
             }
@@ -126,8 +128,8 @@ __global__ void __launch_bounds__(kEdgeThreads) finish_kernel(__grid_constant__ 
     int const tile = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
     int const first = tile * Tile::kQueries, valid = valid_rows(p, batch);
     if (first >= valid) return;
-    int64_t const at = (int64_t(batch) * p.heads + head) * gridDim.x + tile;
-    auto const w = backward_workspace<Features>(int64_t(p.batch) * p.heads, p.length);
+    int64_t const at = (int64_t(batch) * p.N + head) * gridDim.x + tile;
+    auto const w = backward_workspace<Features>(int64_t(p.B) * p.N, p.L);
     auto const* const sums =
         reinterpret_cast<float const*>(static_cast<char*>(p.workspace) + w.sums) + at * Tile::kSums;
     auto* const rows = reinterpret_cast<float*>(sm90::dynamic_shared());
