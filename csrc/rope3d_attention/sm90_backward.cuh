@@ -151,6 +151,7 @@ struct BackwardConsumer {
     using Tile = BackwardTile<Features>;
     static constexpr int kQueries = Tile::kQueries;
     static constexpr int kFragments = kQueries / sm90::kDepth;
+    static constexpr bool kBeside = Features == 128;  // exponentials beside products of dP: 64 x 128 tiles lack registers
 
     BackwardBlock<Features> const& block;
     BackwardParams const& p;
@@ -310,13 +311,13 @@ struct BackwardConsumer {
         multiply_rows(s, block.keys(), block.queries(stage_of(tile)));
     }
 
-    // With scores begun, P and dP. The exponentials are made beside the products of dP.
+    // With scores begun, dP and them, or already P.
     __device__ void finish_scores(Scores& s, Scores& dp, int tile) const {
         sm90::wait(block.dout_full(stage_of(tile)), phase_of(tile));
         multiply_rows(dp, block.values(), block.dout(stage_of(tile)));
         sm90::wait_for_products<1>();
         sm90::settle(s);
-        exponentiate(s, stage_of(tile));
+        if constexpr (kBeside) exponentiate(s, stage_of(tile));
         sm90::wait_for_products<0>();
         sm90::settle(dp);
     }
@@ -324,6 +325,7 @@ struct BackwardConsumer {
     template <bool More>
     __device__ void step(Gradients& dk, Gradients& dv, Scores& s, Scores& dp, int tile) const {
         int const stage = stage_of(tile);
+        if constexpr (!kBeside) exponentiate(s, stage);
         differentiate(dp, s, stage);
         uint32_t probabilities[kFragments][4], scores[kFragments][4];
         round(probabilities, s);

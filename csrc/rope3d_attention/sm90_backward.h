@@ -25,7 +25,7 @@ struct BackwardParams {
     Rows dk;
     Rows dv;
     float const* lse = nullptr;  // (B, N, L)
-    void* workspace = nullptr;   // of backward_workspace, at a multiple of 128; what it holds before does not matter
+    void* workspace = nullptr;   // of backward_workspace, at a multiple of 16; what it holds before does not matter
 };
 
 constexpr int kBackwardKeys = 128;  // of a block
@@ -65,9 +65,9 @@ struct BackwardTile {
     static constexpr int kLseAt = kSumsAt + kSums * 4;
     static constexpr int kDeltaAt = kLseAt + kBackwardStages * kRowNumbers;
     static constexpr int kBarriersAt = kDeltaAt + kBackwardStages * kRowNumbers;
-    static constexpr int kBarriers = 1 + 7 * 2;
+    static constexpr int kBarriers = 16;                           // 15 of them, up to a multiple of 16 bytes
     static constexpr int kTicketAt = kBarriersAt + kBarriers * 8;
-    static constexpr int kBytes = kTicketAt + 8;
+    static constexpr int kBytes = kTicketAt + 16;
     static constexpr int kAllocated = kBytes + sm90::kAtomBytes;   // to begin at a multiple of an atom
     static_assert(kAllocated <= sm90::kSharedBytes);
 
@@ -96,12 +96,12 @@ HUNYUAN_HOST_DEVICE constexpr BackwardWorkspace backward_workspace(int64_t seque
     int64_t const tiles = sequences * ceil_div(length, Tile::kQueries);
     BackwardWorkspace w{};
     w.lse = 0;
-    w.delta = w.lse + (tiles * Tile::kRowNumbers + 127) / 128 * 128;
-    w.sums = w.delta + (tiles * Tile::kRowNumbers + 127) / 128 * 128;
+    w.delta = w.lse + tiles * Tile::kRowNumbers;
+    w.sums = w.delta + tiles * Tile::kRowNumbers;
     w.edges = w.sums + tiles * Tile::kSums * 4;
     w.turns = w.edges + sequences * Tile::kEdgeBytes;
     w.ticket = w.turns + tiles * kBackwardConsumers * 4;
-    w.bytes = w.ticket + 4;
+    w.bytes = w.ticket + 16;
     return w;
 }
 

@@ -1,6 +1,7 @@
 // The launchers of attention's gradients for Hopper, for Python, on an emulated machine.
 #include <cstdint>
 
+#include "common/sm90_tensor_map.cu"
 #include "machine/machine.h"
 #include "rope3d_attention/sm90_backward.cuh"
 
@@ -21,7 +22,10 @@ BackwardParams params_of(int64_t const* sizes) {
 
 extern "C" {
 
-int64_t attention_backward_workspace(int64_t const* sizes) { return backward_workspace_bytes(params_of(sizes)); }
+char const* attention_backward_workspace(int64_t const* sizes, int64_t* bytes) {
+    *bytes = backward_workspace_bytes(params_of(sizes));
+    return nullptr;
+}
 
 // Null, or what went wrong. numbers: B, L, N, D, whether fp16, words from length to length, then the strides of b, l
 // and n of q, k, v, out, dout, dq, dk and dv.
