@@ -440,7 +440,7 @@ void run_backward_of(BackwardParams const& p, void* stream) {
     int const query_tiles = ceil_div(p.L, kRows), sequences = p.B * p.N;
     int const blocks = sequences * ceil_div(p.L, kBackwardKeys);
     int const width = backward_width(sm90::processors(), query_tiles, sequences);
-    dim3 const each_tile(query_tiles, p.N, p.B);
+    dim3 const each_tile(query_tiles * sequences);
     sm90::launch(prepare_kernel<T, Features>, each_tile, kEdgeThreads, 0, stream, p);
     sm90::launch(backward_kernel<T, Features>, dim3(blocks), kBackwardThreads, Tile::kAllocated, stream, p, maps, width);
     sm90::launch(finish_kernel<T, Features>, each_tile, kEdgeThreads, kRows * kFinishColumns<Features> * 4, stream, p);

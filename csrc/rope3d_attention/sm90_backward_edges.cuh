@@ -2,8 +2,6 @@
 // the end of a sequence, zeros past it; and dq from its sums. Both read and write memory once.
 #pragma once
 
-#include <cmath>
-
 #include "common/sm90.cuh"
 #include "rope3d_attention/sm90_backward.h"
 #include "rope3d_attention/sm90_softmax.cuh"
@@ -73,45 +71,71 @@ __device__ float delta_of(BackwardParams const& p, int batch, int row, int head,
     return sum;
 }
 
-// A block prepares one query tile of one head: blocks (query tiles, heads, samples).
+// A block of the kernels here has one query tile of one sequence.
+template <int Features>
+struct EdgePlace {
+    static constexpr int kQueries = BackwardTile<Features>::kQueries;
+
+    int64_t at = blockIdx.x;  // among all tiles of all sequences
+    int tile;
+    int64_t sequence;
+    int head;
+    int batch;
+    int first;                // row
+    int valid;                // rows of the sample
+
+    __device__ explicit EdgePlace(BackwardParams const& p) {
+        int const tiles = ceil_div(p.L, kQueries);
+        tile = int(at % tiles), sequence = at / tiles;
+        head = int(sequence % p.N), batch = int(sequence / p.N);
+        first = tile * kQueries, valid = valid_rows(p, batch);
+    }
+};
+
+template <class T, int Features>
+__device__ void write_edges(char* edge, BackwardParams const& p, EdgePlace<Features> const& place) {
+    using Tile = BackwardTile<Features>;
+    int const batch = place.batch, head = place.head, valid = place.valid;
+    int const query = valid / Tile::kQueries * Tile::kQueries, key = valid / kBackwardKeys * kBackwardKeys;
+    write_tile<T, Features>(edge + Tile::kEdgeQueriesAt, p.q, batch, head, query, Tile::kQueries, valid);
+    write_tile<T, Features>(edge + Tile::kEdgeDoutAt, p.dout, batch, head, query, Tile::kQueries, valid);
+    write_tile<T, Features>(edge + Tile::kEdgeKeysAt, p.k, batch, head, key, kBackwardKeys, valid);
+    write_tile<T, Features>(edge + Tile::kEdgeValuesAt, p.v, batch, head, key, kBackwardKeys, valid);
+}
+
 template <class T, int Features>
 __global__ void __launch_bounds__(kEdgeThreads) prepare_kernel(__grid_constant__ BackwardParams const p) {
     using Tile = BackwardTile<Features>;
     constexpr int kChunks = Features / sm90::kChunkElements;
-    int const tile = blockIdx.x, head = blockIdx.y, batch = blockIdx.z, thread = threadIdx.x;
-    int const first = tile * Tile::kQueries, valid = valid_rows(p, batch);
-    int64_t const sequence = int64_t(batch) * p.N + head, at = sequence * gridDim.x + tile;
+    int const thread = threadIdx.x;
+    EdgePlace<Features> const place(p);
+    int64_t const at = place.at;
     auto const w = backward_workspace<Features>(int64_t(p.B) * p.N, p.L);
     char* const space = static_cast<char*>(p.workspace);
     auto* const lse = reinterpret_cast<float*>(space + w.lse) + at * Tile::kQueries;
     auto* const delta = reinterpret_cast<float*>(space + w.delta) + at * Tile::kQueries;
     for (int row = thread / kChunks; row < Tile::kQueries; row += kEdgeThreads / kChunks) {
-        int const query = first + row, chunk = thread % kChunks;
-        float const sum = delta_of<T, Features>(p, batch, query, head, chunk, valid);
+        int const query = place.first + row, chunk = thread % kChunks;
+        float const sum = delta_of<T, Features>(p, place.batch, query, place.head, chunk, place.valid);
         if (chunk == 0) {
-            lse[row] = query < valid ? p.lse[sequence * p.L + query] * kLog2E : INFINITY;
+            lse[row] = query < place.valid ? p.lse[place.sequence * p.L + query] * kLog2E : infinity();
             delta[row] = sum;
         }
-        if (query >= valid && query < p.L) {
+        if (query >= place.valid && query < p.L) {
             for (Rows const* gradient : {&p.dq, &p.dk, &p.dv}) {
-                *reinterpret_cast<Sixteen*>(chunk_of<T>(*gradient, batch, query, head, chunk)) = Sixteen{};
+                *reinterpret_cast<Sixteen*>(chunk_of<T>(*gradient, place.batch, query, place.head, chunk)) = Sixteen{};
             }
         }
     }
-    if (first < valid) {
+    if (place.first < place.valid) {
         auto* const sums = reinterpret_cast<Sixteen*>(space + w.sums) + at * (Tile::kSums / 4);
         for (int i = thread; i < Tile::kSums / 4; i += kEdgeThreads) sums[i] = Sixteen{};
         auto* const turns = reinterpret_cast<int*>(space + w.turns) + at * kBackwardConsumers;
         if (thread < kBackwardConsumers) turns[thread] = 0;
     }
     if (thread == 0 && at == 0) *reinterpret_cast<int*>(space + w.ticket) = 0;
-    if (tile == 0) {
-        char* const edge = space + w.edges + sequence * Tile::kEdgeBytes;
-        int const query = valid / Tile::kQueries * Tile::kQueries, key = valid / kBackwardKeys * kBackwardKeys;
-        write_tile<T, Features>(edge + Tile::kEdgeQueriesAt, p.q, batch, head, query, Tile::kQueries, valid);
-        write_tile<T, Features>(edge + Tile::kEdgeDoutAt, p.dout, batch, head, query, Tile::kQueries, valid);
-        write_tile<T, Features>(edge + Tile::kEdgeKeysAt, p.k, batch, head, key, kBackwardKeys, valid);
-        write_tile<T, Features>(edge + Tile::kEdgeValuesAt, p.v, batch, head, key, kBackwardKeys, valid);
+    if (place.tile == 0) {
+        write_edges<T, Features>(space + w.edges + place.sequence * Tile::kEdgeBytes, p, place);
     }
 }
 
@@ -119,19 +143,17 @@ __global__ void __launch_bounds__(kEdgeThreads) prepare_kernel(__grid_constant__
 template <int Features>
 constexpr int kFinishColumns = Features + 4;
 
-// A block rounds one query tile of one head: dq from the order of its sums to rows.
+// dq from the order of its sums to rows, rounded.
 template <class T, int Features>
 __global__ void __launch_bounds__(kEdgeThreads) finish_kernel(__grid_constant__ BackwardParams const p) {
     using Tile = BackwardTile<Features>;
     static_assert(kEdgeThreads == kBackwardConsumers * sm90::kWarpgroup);
     constexpr int kColumns = kFinishColumns<Features>, kChunks = Features / sm90::kChunkElements;
-    int const tile = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
-    int const first = tile * Tile::kQueries, valid = valid_rows(p, batch);
-    if (first >= valid) return;
-    int64_t const at = (int64_t(batch) * p.N + head) * gridDim.x + tile;
+    EdgePlace<Features> const place(p);
+    if (place.first >= place.valid) return;
     auto const w = backward_workspace<Features>(int64_t(p.B) * p.N, p.L);
     auto const* const sums =
-        reinterpret_cast<float const*>(static_cast<char*>(p.workspace) + w.sums) + at * Tile::kSums;
+        reinterpret_cast<float const*>(static_cast<char*>(p.workspace) + w.sums) + place.at * Tile::kSums;
     auto* const rows = reinterpret_cast<float*>(sm90::dynamic_shared());
     int const consumer = threadIdx.x / sm90::kWarpgroup, thread = threadIdx.x % sm90::kWarpgroup;
 #pragma unroll
@@ -147,12 +169,12 @@ __global__ void __launch_bounds__(kEdgeThreads) finish_kernel(__grid_constant__ 
     __syncthreads();
     for (int i = threadIdx.x; i < Tile::kQueries * kChunks; i += kEdgeThreads) {
         int const row = i / kChunks, chunk = i % kChunks;
-        if (first + row >= valid) break;
+        if (place.first + row >= place.valid) break;
         float const* const eight = rows + row * kColumns + chunk * sm90::kChunkElements;
         Sixteen rounded;
 #pragma unroll
         for (int j = 0; j < 4; ++j) rounded.words[j] = sm90::pack<T>(eight[2 * j], eight[2 * j + 1]);
-        *reinterpret_cast<Sixteen*>(chunk_of<T>(p.dq, batch, first + row, head, chunk)) = rounded;
+        *reinterpret_cast<Sixteen*>(chunk_of<T>(p.dq, place.batch, place.first + row, place.head, chunk)) = rounded;
     }
 }
 
