@@ -103,6 +103,26 @@ __device__ inline void compute_now(float x) {
     if (x < 0) asm volatile("nanosleep.u32 0;" ::: "memory");
 }
 
+// ---- clusters of blocks, which see each other's shared memory: "barrier.cluster", "mapa"
+
+// All threads of all blocks of the cluster; what they did before is seen after.
+__device__ inline void sync_cluster() {
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\n"
+        "barrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
+}
+
+// Arrives at the barrier that lies at the same place in block `rank` of the cluster, which may be this one.
+__device__ inline void arrive_remote(uint32_t barrier, int rank) {
+    asm volatile(
+        "{ .reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
 // ---- copies: "cp.async", "cp.async.mbarrier.arrive", "cp.async.bulk"
 
 // 16 bytes, past the first-level cache; both addresses multiples of 16.

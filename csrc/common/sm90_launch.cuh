@@ -23,4 +23,19 @@ void launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, unsigned
     HUNYUAN_CUDA_CHECK(cudaGetLastError());
 }
 
+// In clusters of so many blocks: those whose numbers (x) follow a multiple of that.
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, unsigned threads, unsigned shared_bytes,
+                     void* stream, Arguments const&... arguments) {
+    HUNYUAN_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = threads, config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream), config.attrs = &attribute, config.numAttrs = 1;
+    HUNYUAN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
 }  // namespace hunyuan_fast::sm90

@@ -23,6 +23,16 @@ __device__ inline void copy_tensor(uint32_t to, TensorMap const& map, int c0, in
         : "memory");
 }
 
+// To the same place in every block of the cluster whose bit is set; the barrier of each at that place is told.
+__device__ inline void copy_tensor_to_cluster(uint32_t to, TensorMap const& map, int c0, int c1, int c2, int c3,
+                                              uint32_t barrier, uint16_t blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+        "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier), "h"(blocks)
+        : "memory");
+}
+
 // ---- the other way, in groups that the thread can wait for
 
 // What plain stores wrote to shared memory must have been fenced (fence_async_proxy) before.

@@ -32,6 +32,7 @@ struct HopperParams {
     Rows out;
     float* lse = nullptr;  // (B, N, L)
     int key_tile = 0;      // how many keys a step takes: 128 or 176
+    int cluster = 1;       // how many thread blocks share the tiles of keys that they fetch: 1 or 2
 };
 
 void run_hopper_bf16(HopperParams const& params, void* stream);

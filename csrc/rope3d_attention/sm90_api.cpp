@@ -58,15 +58,16 @@ float const* lse_of(TensorView const& lse, TensorView const& q) {
 }
 
 void forward(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const& kv_len, double scale,
-             TensorView const& out, TensorView const& lse, int key_tile, uintptr_t stream) {
+             TensorView const& out, TensorView const& lse, int key_tile, int cluster, uintptr_t stream) {
     HUNYUAN_CHECK(q.ndim == 4, "q must have 4 dimensions, got ", q.shape());
     HopperParams p;
     p.B = narrowed(q.size[0]), p.L = narrowed(q.size[1]), p.N = narrowed(q.size[2]), p.D = narrowed(q.size[3]);
     HUNYUAN_CHECK(p.D == 64 || p.D == 128, "the head dimension must be 64 or 128, got ", p.D);
-    HUNYUAN_CHECK(items_of(p) <= kMost, "there may be ", kMost, " tiles of queries, got ", items_of(p));
     HUNYUAN_CHECK(scale > 0, "scale must be positive, got ", scale);
     HUNYUAN_CHECK(key_tile == 128 || key_tile == 176, "key_tile must be 128 or 176, got ", key_tile);
-    p.scale = float(scale), p.key_tile = key_tile;
+    HUNYUAN_CHECK(cluster == 1 || cluster == 2, "cluster must be 1 or 2, got ", cluster);
+    p.scale = float(scale), p.key_tile = key_tile, p.cluster = cluster;
+    HUNYUAN_CHECK(items_of(p) <= kMost, "there may be ", kMost, " tiles of queries, got ", items_of(p));
     p.q = rows_of(q, "q", q), p.k = rows_of(k, "k", q), p.v = rows_of(v, "v", q), p.out = rows_of(out, "out", q);
     p.lengths = lengths_of(kv_len, q);
     p.lse = const_cast<float*>(lse_of(lse, q));

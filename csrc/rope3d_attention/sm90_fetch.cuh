@@ -16,10 +16,11 @@ struct Maps {
 #ifdef HUNYUAN_SM90A
 
 // Addresses in shared memory. A full barrier tells consumers that something is there, an empty one the producer that
-// it is read. A tail is there when its own barrier says so too.
+// it is read, in all blocks of the cluster where all get it. A tail is there when its own barrier says so too.
 template <class S>
 struct Shared {
     uint32_t base;
+    int rank;  // of the block in its cluster
 
     __device__ uint32_t queries(int consumer) const { return base + consumer * S::kQueryBytes; }
     __device__ uint32_t keys(int stage) const { return base + S::kKeysAt + stage * S::kTileBytes; }
@@ -43,14 +44,33 @@ struct Shared {
         for (int stage = 0; stage < kStages; ++stage) {
             sm90::init_barrier(keys_full(stage), 1);
             sm90::init_barrier(values_full(stage), 1);
-            sm90::init_barrier(keys_empty(stage), kConsumerWarps);
-            sm90::init_barrier(values_empty(stage), kConsumerWarps);
+            sm90::init_barrier(keys_empty(stage), S::kCluster * kConsumerWarps);
+            sm90::init_barrier(values_empty(stage), S::kCluster * kConsumerWarps);
             sm90::init_barrier(key_tail(stage), 32);  // the lanes of the producer
             sm90::init_barrier(value_tail(stage), 32);
         }
         sm90::fence_async_proxy();  // bulk copies arrive there too
     }
+
+    // By all lanes of a warp that has read a stage.
+    __device__ void release(uint32_t empty, int lane) const {
+        if constexpr (S::kCluster == 1) {
+            if (lane == 0) sm90::arrive(empty);
+        } else {
+            if (lane < S::kCluster) sm90::arrive_remote(empty, lane);
+        }
+    }
 };
+
+// All blocks that see each other's barriers, or copy to each other's memory.
+template <class S>
+__device__ void sync_blocks() {
+    if constexpr (S::kCluster == 1) {
+        __syncthreads();
+    } else {
+        sm90::sync_cluster();
+    }
+}
 
 // How far the copies and their readers are, from item to item.
 struct Progress {
@@ -86,23 +106,30 @@ __device__ void fetch_tail(uint32_t to, T const* rows, int64_t stride, int valid
     sm90::arrive_after_copies(barrier);
 }
 
+// A whole tile, of which each block of the cluster fetches its part for all.
 template <class S>
-__device__ void fetch_tile(uint32_t to, sm90::TensorMap const& map, int first, Item const& item, uint32_t barrier) {
-    sm90::fence_async_proxy();  // where this goes may have held a tail
+__device__ void fetch_tile(uint32_t to, sm90::TensorMap const& map, int first, Item const& item, int rank,
+                           uint32_t barrier) {
     sm90::arrive_expecting(barrier, S::kTileBytes);
 #pragma unroll
     for (int block = 0; block < S::kBlocks; ++block) {
-        sm90::copy_tensor(to + block * S::kKeyBlockBytes, map, block * sm90::kRowElements, first, item.n, item.b,
-                          barrier);
+        uint32_t const part = to + block * S::kKeyBlockBytes + rank * S::kFetchedBlockBytes;
+        int const feature = block * sm90::kRowElements, row = first + rank * S::kFetchedKeys;
+        if constexpr (S::kCluster == 1) {
+            sm90::copy_tensor(part, map, feature, row, item.n, item.b, barrier);
+        } else {
+            constexpr uint16_t kAll = (1 << S::kCluster) - 1;
+            sm90::copy_tensor_to_cluster(part, map, feature, row, item.n, item.b, barrier, kAll);
+        }
     }
 }
 
-// The last tile of keys or values of an item, by the whole warp.
+// The last tile of keys or values of an item, by the whole warp. Every block fetches a tail for itself.
 template <class T, class S>
 __device__ void fetch_last(uint32_t to, sm90::TensorMap const& map, Rows const& rows, int first, int valid,
-                           Item const& item, int lane, uint32_t full, uint32_t tail) {
+                           Item const& item, int rank, int lane, uint32_t full, uint32_t tail) {
     if (valid - first == S::kKeys) {
-        if (lane == 0) fetch_tile<S>(to, map, first, item, full);
+        if (lane == 0) fetch_tile<S>(to, map, first, item, rank, full);
         return;
     }
     if (lane == 0) sm90::arrive(full);
@@ -119,7 +146,7 @@ __device__ void fetch_queries(Shared<S> const& shared, sm90::TensorMap const& ma
         sm90::arrive_expecting(full, S::kQueryBytes);
         for (int block = 0; block < S::kBlocks; ++block) {
             sm90::copy_tensor(shared.queries(consumer) + block * S::kQueryBlockBytes, map, block * sm90::kRowElements,
-                              item.first_row + consumer * sm90::kBlockRows, item.n, item.b, full);
+                              first_query(item, shared.rank, consumer), item.n, item.b, full);
         }
     }
 }
@@ -132,22 +159,26 @@ __device__ void fetch_item(HopperParams const& p, Maps const& maps, Shared<S> co
     sm90::Ring<kStages>&keys = progress.keys, &values = progress.values;
     // keys first: their stage is free before the queries of the item before are
     sm90::wait(shared.keys_empty(keys.stage), keys.phase ^ 1);
-    fetch_last<T, S>(shared.keys(keys.stage), maps.k, p.k, last, valid, item, lane, shared.keys_full(keys.stage),
+    fetch_last<T, S>(shared.keys(keys.stage), maps.k, p.k, last, valid, item, shared.rank, lane, shared.keys_full(keys.stage),
                      shared.key_tail(keys.stage));
     if (lane == 0) fetch_queries(shared, maps.q, item, progress.items & 1);
     __syncwarp();
     sm90::wait(shared.values_empty(values.stage), values.phase ^ 1);
-    fetch_last<T, S>(shared.values(values.stage), maps.v, p.v, last, valid, item, lane,
+    fetch_last<T, S>(shared.values(values.stage), maps.v, p.v, last, valid, item, shared.rank, lane,
                      shared.values_full(values.stage), shared.value_tail(values.stage));
     keys.advance(), values.advance(), ++progress.items;
 #pragma unroll 1
     for (int step = 1; step < tiles; ++step, keys.advance(), values.advance()) {
         int const first = first_key(step, tiles, S::kKeys);
         sm90::wait(shared.keys_empty(keys.stage), keys.phase ^ 1);
-        if (lane == 0) fetch_tile<S>(shared.keys(keys.stage), maps.k, first, item, shared.keys_full(keys.stage));
+        if (lane == 0) {
+            fetch_tile<S>(shared.keys(keys.stage), maps.k, first, item, shared.rank, shared.keys_full(keys.stage));
+        }
         sm90::wait(shared.values_empty(values.stage), values.phase ^ 1);
-        if (lane != 0) continue;
-        fetch_tile<S>(shared.values(values.stage), maps.v, first, item, shared.values_full(values.stage));
+        if (lane == 0) {
+            fetch_tile<S>(shared.values(values.stage), maps.v, first, item, shared.rank,
+                          shared.values_full(values.stage));
+        }
     }
 }
 

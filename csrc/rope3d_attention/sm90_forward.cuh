@@ -1,7 +1,7 @@
 // The Hopper kernel: one warp fetches, two consumer warpgroups multiply and exponentiate. A consumer begins the product
 // of its next scores together with that of its last probabilities, and exponentiates the former while the latter is
 // under way. Consumers take turns: while one of them exponentiates, the other one's products have the tensor cores.
-// Blocks stay and take item after item.
+// Blocks stay and take item after item. Where two of them share a cluster, they take neighbouring rows of a head.
 #pragma once
 
 #include <type_traits>
@@ -14,8 +14,8 @@
 namespace hunyuan_fast::rope3d_attention {
 
 // Registers of a thread after the roles part: 3 x 128 x 168 in all before.
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 56;
+constexpr int kConsumerRegisters = 224;
 
 #ifdef HUNYUAN_SM90A
 
@@ -99,7 +99,7 @@ __device__ void attend(HopperParams const& p, Shared<S> const& shared, int consu
     multiply_keys<T, S>(scores, queries, shared.keys(keys.stage));
     sm90::wait_for_products<0>();
     sm90::settle(scores);
-    if (lane == 0) sm90::arrive(shared.keys_empty(keys.stage));
+    shared.release(shared.keys_empty(keys.stage), lane);
     keys.advance();
     if (tail) mask_columns(scores, thread, in_last);
     online.take(scores, scale, correction);
@@ -120,13 +120,13 @@ __device__ void attend(HopperParams const& p, Shared<S> const& shared, int consu
         pass_turn(consumer);
         sm90::wait_for_products<1>();  // the scores
         sm90::settle(scores);
-        if (lane == 0) sm90::arrive(shared.keys_empty(keys.stage));
+        shared.release(shared.keys_empty(keys.stage), lane);
         keys.advance();
         online.take(scores, scale, correction);
         sm90::compute_now(online.total[0] + online.total[1]);  // while the values' product is under way
         sm90::wait_for_products<0>();
         sm90::settle(sums);
-        if (lane == 0) sm90::arrive(shared.values_empty(values.stage));
+        shared.release(shared.values_empty(values.stage), lane);
         values.advance();
         if (__any_sync(~0u, correction[0] != 1 || correction[1] != 1)) rescale(sums, correction);
         pack_probabilities<T, S::kKeys>(scores, probabilities);
@@ -139,7 +139,7 @@ __device__ void attend(HopperParams const& p, Shared<S> const& shared, int consu
     multiply_values<T, S>(sums, probabilities, shared.values(values.stage));
     sm90::wait_for_products<0>();
     sm90::settle(sums);
-    if (lane == 0) sm90::arrive(shared.values_empty(values.stage));
+    shared.release(shared.values_empty(values.stage), lane);
     values.advance();
 }
 
@@ -181,14 +181,14 @@ __device__ void send_row(HopperParams const& p, Item const& item, int row, bool 
     }
 }
 
-// One consumer's rows of an item go out, with their log-sum-exp.
+// One consumer's rows of an item, from `first_row` on, go out, with their log-sum-exp.
 template <class T, class S>
-__device__ void send_rows(HopperParams const& p, Item const& item, int consumer, int valid_tokens,
+__device__ void send_rows(HopperParams const& p, Item const& item, int first_row, int valid_tokens,
                           float const (&sums)[S::kFeatures / 2], Online const& online) {
     int const thread = threadIdx.x % sm90::kWarpgroup;
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-        int const row = item.first_row + consumer * sm90::kBlockRows + sm90::accumulator_row(thread, 2 * which);
+        int const row = first_row + sm90::accumulator_row(thread, 2 * which);
         bool const valid = row < valid_tokens;
         float const total = sum_of_four(online.total[which]);
         send_row<T, S>(p, item, row, valid, sums, which, total == 0 ? 0.0f : 1 / total, thread);
@@ -203,13 +203,13 @@ template <class T, class S>
 __device__ void consume(HopperParams const& p, Shared<S> const& shared, int consumer, uint32_t items) {
     Progress progress;
     if (consumer == 1) pass_turn(consumer);
-    for (uint32_t index = blockIdx.x; index < items; index += gridDim.x) {
-        Item const item = item_of(p, index);
+    for (uint32_t index = blockIdx.x / S::kCluster; index < items; index += gridDim.x / S::kCluster) {
+        Item const item = item_of(p, index, S::kCluster);
         int const valid = valid_tokens(p, item.b);
         float sums[S::kFeatures / 2] = {};
         Online online;
         if (item.first_row < valid) attend<T, S>(p, shared, consumer, valid, sums, online, progress);
-        send_rows<T, S>(p, item, consumer, valid, sums, online);
+        send_rows<T, S>(p, item, first_query(item, shared.rank, consumer), valid, sums, online);
     }
     if (consumer == 0) begin_turn(consumer);  // the last one is passed to nobody else
 }
@@ -218,12 +218,12 @@ template <class T, class S>
 __device__ void produce(HopperParams const& p, Maps const& maps, Shared<S> const& shared, uint32_t items) {
     int const lane = threadIdx.x % 32;
     Progress progress;
-    for (uint32_t index = blockIdx.x; index < items; index += gridDim.x) {
-        Item const item = item_of(p, index);
+    for (uint32_t index = blockIdx.x / S::kCluster; index < items; index += gridDim.x / S::kCluster) {
+        Item const item = item_of(p, index, S::kCluster);
         int const valid = valid_tokens(p, item.b);
         if (item.first_row < valid) fetch_item<T, S>(p, maps, shared, item, valid, lane, progress);
     }
-    // stays until all that it has begun is there and read
+    // stays until all that it has begun is there and read, in all blocks
     for (int stage = 0; stage < kStages; ++stage, progress.values.advance()) {
         sm90::wait(shared.values_empty(progress.values.stage), progress.values.phase ^ 1);
     }
@@ -236,9 +236,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(__grid_constant__ HopperParams const p, __grid_constant__ Maps const maps, uint32_t items) {
 #ifdef HUNYUAN_SM90A
     uint32_t const start = sm90::shared_address(sm90::dynamic_shared());
-    Shared<S> const shared{(start + sm90::kAtomBytes - 1) / sm90::kAtomBytes * sm90::kAtomBytes};
+    Shared<S> const shared{(start + sm90::kAtomBytes - 1) / sm90::kAtomBytes * sm90::kAtomBytes,
+                           int(blockIdx.x % S::kCluster)};
     if (threadIdx.x == 0) shared.init_barriers();
-    __syncthreads();
+    sync_blocks<S>();
     int const role = __shfl_sync(~0u, int(threadIdx.x) / sm90::kWarpgroup, 0);
     if (role == 0) {
         sm90::give_registers<kProducerRegisters>();
@@ -247,6 +248,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         sm90::take_registers<kConsumerRegisters>();
         consume<T, S>(p, shared, role - 1, items);
     }
+    if constexpr (S::kCluster > 1) sm90::sync_cluster();  // whoever leaves first is still arrived at
 #else
     __trap();
 #endif
@@ -263,21 +265,32 @@ sm90::TensorMap map_of(HopperParams const& p, Rows const& rows, int box_rows) {
     return sm90::make_tensor_map(box);
 }
 
-template <class T, int D, int Keys>
+template <class T, int D, int Keys, int Cluster>
 void run_shape(HopperParams const& p, void* stream) {
-    using S = Shape<D, Keys>;
-    Maps const maps{map_of<T>(p, p.q, sm90::kBlockRows), map_of<T>(p, p.k, Keys), map_of<T>(p, p.v, Keys)};
+    using S = Shape<D, Keys, Cluster>;
+    Maps const maps{map_of<T>(p, p.q, sm90::kBlockRows), map_of<T>(p, p.k, S::kFetchedKeys),
+                    map_of<T>(p, p.v, S::kFetchedKeys)};
     auto const items = uint32_t(items_of(p));
-    auto const processors = unsigned(sm90::processors());
-    sm90::launch(forward_kernel<T, S>, items < processors ? items : processors, kThreads, S::kAllocated, stream, p,
-                 maps, items);
+    unsigned const most = unsigned(sm90::processors()) / Cluster;
+    unsigned const blocks = (items < most ? items : most) * Cluster;
+    auto const kernel = forward_kernel<T, S>;
+    if constexpr (Cluster == 1) {
+        sm90::launch(kernel, blocks, kThreads, S::kAllocated, stream, p, maps, items);
+    } else {
+        sm90::launch_clusters(kernel, Cluster, blocks, kThreads, S::kAllocated, stream, p, maps, items);
+    }
+}
+
+template <class T, int D, int Keys>
+void run_tile(HopperParams const& p, void* stream) {
+    p.cluster == 2 ? run_shape<T, D, Keys, 2>(p, stream) : run_shape<T, D, Keys, 1>(p, stream);
 }
 
 template <class T>
 void run_hopper(HopperParams const& p, void* stream) {
     bool const wide = p.key_tile == 176;
-    if (p.D == 64) return wide ? run_shape<T, 64, 176>(p, stream) : run_shape<T, 64, 128>(p, stream);
-    wide ? run_shape<T, 128, 176>(p, stream) : run_shape<T, 128, 128>(p, stream);
+    if (p.D == 64) return wide ? run_tile<T, 64, 176>(p, stream) : run_tile<T, 64, 128>(p, stream);
+    wide ? run_tile<T, 128, 176>(p, stream) : run_tile<T, 128, 128>(p, stream);
 }
 
 }  // namespace hunyuan_fast::rope3d_attention

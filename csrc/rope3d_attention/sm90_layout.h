@@ -1,7 +1,7 @@
 // All index arithmetic of the Hopper kernels, as functions of numbers: host tests run the same.
 //
 // A thread block takes 128 query rows of one head, 64 for each of two consumer warpgroups, and goes through the keys in
-// tiles. Warpgroup 0 fetches.
+// tiles. Warpgroup 0 fetches. In a cluster of two blocks, neighbours in rows, each fetches half of every tile for both.
 #pragma once
 
 #include "common/sm90_layout.h"
@@ -19,14 +19,17 @@ HUNYUAN_HOST_DEVICE constexpr int ceil_div(int n, int by) { return n / by + (n %
 
 // Shared memory from a multiple of 1024 bytes on: the queries of each consumer, stages of keys, stages of values,
 // barriers. An operand is blocks of 64 features, of a row of 128 bytes for each token.
-template <int D, int Keys>
+template <int D, int Keys, int Cluster>
 struct Shape {
     static_assert(D % sm90::kRowElements == 0 && Keys % sm90::kDepth == 0);
+    static constexpr int kCluster = Cluster;
+    static constexpr int kFetchedKeys = Keys / Cluster;  // of a tile, by one block
     static constexpr int kFeatures = D;
     static constexpr int kKeys = Keys;
     static constexpr int kBlocks = D / sm90::kRowElements;
     static constexpr uint32_t kQueryBlockBytes = sm90::kBlockRows * sm90::kRowBytes;
     static constexpr uint32_t kKeyBlockBytes = Keys * sm90::kRowBytes;
+    static constexpr uint32_t kFetchedBlockBytes = kFetchedKeys * sm90::kRowBytes;
     static constexpr uint32_t kQueryBytes = kBlocks * kQueryBlockBytes;
     static constexpr uint32_t kTileBytes = kBlocks * kKeyBlockBytes;
     static constexpr uint32_t kKeysAt = kConsumers * kQueryBytes;
@@ -35,10 +38,11 @@ struct Shape {
     static constexpr int kBarriers = 2 * kConsumers + 6 * kStages;
     static constexpr uint32_t kAllocated = kBarriersAt + kBarriers * 8 + sm90::kAtomBytes;  // for the alignment
 
-    static_assert(kKeyBlockBytes % sm90::kAtomBytes == 0 && kAllocated <= sm90::kSharedBytes);
+    static_assert(Keys % Cluster == 0 && kFetchedBlockBytes % sm90::kAtomBytes == 0);
+    static_assert(kAllocated <= sm90::kSharedBytes);
 };
 
-// ---- items: 128 query rows of one head
+// ---- items: 128 query rows of one head for each block of a cluster
 
 // All heads of a sample one after the other, and of each all query rows before the next: the thread blocks go through
 // the keys and values of one head together, so that the second-level cache has what one of them fetched for the others.
@@ -48,15 +52,19 @@ struct Item {
     int first_row = 0;
 };
 
-HUNYUAN_HOST_DEVICE constexpr int items_of_head(int L) { return ceil_div(L, kQueryRows); }
+HUNYUAN_HOST_DEVICE constexpr int items_of_head(int L, int cluster) { return ceil_div(L, cluster * kQueryRows); }
 
 HUNYUAN_HOST_DEVICE constexpr int64_t items_of(HopperParams const& p) {
-    return int64_t(p.B) * p.N * items_of_head(p.L);
+    return int64_t(p.B) * p.N * items_of_head(p.L, p.cluster);
 }
 
-HUNYUAN_HOST_DEVICE constexpr Item item_of(HopperParams const& p, uint32_t index) {
-    uint32_t const per_head = uint32_t(items_of_head(p.L)), head = index / per_head;
-    return {int(head / uint32_t(p.N)), int(head % uint32_t(p.N)), int(index % per_head) * kQueryRows};
+HUNYUAN_HOST_DEVICE constexpr Item item_of(HopperParams const& p, uint32_t index, int cluster) {
+    uint32_t const per_head = uint32_t(items_of_head(p.L, cluster)), head = index / per_head;
+    return {int(head / uint32_t(p.N)), int(head % uint32_t(p.N)), int(index % per_head) * cluster * kQueryRows};
+}
+
+HUNYUAN_HOST_DEVICE constexpr int first_query(Item const& item, int rank, int consumer) {
+    return item.first_row + rank * kQueryRows + consumer * sm90::kBlockRows;
 }
 
 // ---- tiles of keys

@@ -15,6 +15,9 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128)
 # Keys of a step. The more of them, the fewer steps; both fit the shared memory.
 _KEY_TILE = 176
+# Two thread blocks may share what they fetch of the keys and values. They take neighbouring tiles
+# of queries: where their number is odd, one block has nothing to do at the end of every head.
+_FEW_TILES = 32
 _QUERY_TILE = 128  # kQueryRows in csrc/rope3d_attention/sm90_layout.h
 _MOST_TILES = 2**31 - 2**10  # of queries: they are counted in 31 bits
 _CONTIGUOUS = torch.contiguous_format
@@ -54,11 +57,15 @@ def forward(
     out: Tensor | None = None,
     *,
     key_tile: int = _KEY_TILE,
+    cluster: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L).
 
     key_tile: keys of a step, 128 or 176.
+    cluster: thread blocks that share what they fetch, 1 or 2; None: by the shape.
     """
+    if cluster is None:
+        cluster = _blocks_of_cluster(q)
     q, k, v = (x if _is_aligned(x) else x.clone(memory_format=_CONTIGUOUS) for x in (q, k, v))
     batch, length, num_heads, _ = q.shape
     aligned = out is not None and _is_aligned(out)
@@ -66,7 +73,9 @@ def forward(
     lse = torch.empty((batch, num_heads, length), dtype=torch.float32, device=q.device)
     with torch.cuda.device(q.device):
         stream = torch.cuda.current_stream(q.device).cuda_stream
-        _C.rope3d_attention_forward_hopper(q, k, v, kv_len, scale, result, lse, key_tile, stream)
+        _C.rope3d_attention_forward_hopper(
+            q, k, v, kv_len, scale, result, lse, key_tile, cluster, stream
+        )
     if out is not None and not aligned:
         out.copy_(result)
         result = out
@@ -95,6 +104,12 @@ def backward(
             *rows, lse.contiguous(), *inputs, kv_len, scale, dq, dk, dv, workspace, stream
         )
     return dq, dk, dv
+
+
+def _blocks_of_cluster(q: Tensor) -> int:
+    """Two where the tensor cores would else wait for the second-level cache."""
+    tiles = -(-q.shape[1] // _QUERY_TILE)
+    return 2 if q.shape[-1] == 128 and (tiles % 2 == 0 or tiles >= _FEW_TILES) else 1
 
 
 def _is_aligned(t: Tensor) -> bool:

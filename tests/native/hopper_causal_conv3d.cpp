@@ -13,14 +13,18 @@ Extent extent_of(int64_t const* n) { return {int(n[0]), int(n[1]), int(n[2])}; }
 
 extern "C" {
 
-// Of every tap its own: weight is (O, C, t, h, w). numbers: O, C, t, h, w.
+// numbers: O, C, strides of the weight (5), the kernel (3), then of every axis 27 beginnings and 27 ends of spans.
 char const* pack(void const* weight, void* packed, int64_t const* numbers) {
     HopperWeights w;
-    w.data = weight, w.O = int(numbers[0]), w.C = int(numbers[1]), w.kernel = extent_of(numbers + 2);
-    w.strides[2] = 1, w.strides[1] = w.kernel.w, w.strides[0] = int64_t(w.kernel.w) * w.kernel.h;
-    w.stride_c = w.strides[0] * w.kernel.t, w.stride_o = w.stride_c * w.C;
-    for (auto& axis : w.spans)
-        for (int tap = 0; tap < 27; ++tap) axis[tap] = {int8_t(tap), int8_t(tap + 1)};
+    w.data = weight, w.O = int(numbers[0]), w.C = int(numbers[1]), w.kernel = extent_of(numbers + 7);
+    w.stride_o = numbers[2], w.stride_c = numbers[3];
+    for (int axis = 0; axis < 3; ++axis) {
+        w.strides[axis] = numbers[4 + axis];
+        for (int tap = 0; tap < 27; ++tap) {
+            int64_t const* const begin = numbers + 10 + axis * 54 + tap;
+            w.spans[axis][tap] = {int8_t(begin[0]), int8_t(begin[27])};
+        }
+    }
     return hopper::attempt([&] { pack_hopper_bf16(w, packed, nullptr); });
 }
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kit import hopper
 from tests.kit.native import ROOT
 
 _SPANS = 27
@@ -66,7 +67,7 @@ class Emulator:
             for side in (0, 1):
                 ends = [span[side] for span in axis]
                 numbers += ends + [0] * (_SPANS - len(ends))
-        check(self._native.pack(_pointer(weight), _pointer(packed), _numbers(numbers)))
+        self._pack(weight, packed, numbers)
 
     def causal_conv3d_forward_hopper(
         self,
@@ -90,8 +91,29 @@ class Emulator:
         tensors = (x, past, y, residual, packed, bias)
         for t in tensors[:4]:
             assert t is None or t.stride(1) == 1
+        self._forward(tensors, numbers)
+
+    def _pack(self, weight: Tensor, packed: Tensor, numbers: list[int]) -> None:
+        check(self._native.pack(_pointer(weight), _pointer(packed), _numbers(numbers)))
+
+    def _forward(self, tensors: Sequence[Tensor | None], numbers: list[int]) -> None:
         pointers = (ctypes.c_void_p * 6)(*(None if t is None else t.data_ptr() for t in tensors))
         check(self._native.forward(pointers, _numbers(numbers)))
+
+
+class RealSources(Emulator):
+    """The same by the kernels' own sources, on the emulated machine."""
+
+    def __init__(self, native: ctypes.CDLL) -> None:
+        super().__init__(native)
+        self._kernels = hopper.build(ROOT / "tests/native/hopper_causal_conv3d.cpp")
+        self.seed = 0
+
+    def _pack(self, weight: Tensor, packed: Tensor, numbers: list[int]) -> None:
+        self._kernels.run("pack", weight, packed, numbers, seed=self.seed)
+
+    def _forward(self, tensors: Sequence[Tensor | None], numbers: list[int]) -> None:
+        self._kernels.run("forward", *tensors, numbers, seed=self.seed)
 
 
 def _pointer(t: Tensor) -> ctypes.c_void_p:
@@ -115,13 +137,26 @@ def emulated(native: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulator:
     return emulate(native, monkeypatch)
 
 
+@pytest.fixture
+def real_sources(native: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> RealSources:
+    """The same, by the kernels' own sources."""
+    kernels = RealSources(native)
+    install(kernels, monkeypatch)
+    return kernels
+
+
 def emulate(native: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulator:
+    emulator = Emulator(native)
+    install(emulator, monkeypatch)
+    return emulator
+
+
+def install(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put it in the place of the native module."""
     pytest.importorskip("hunyuan_fast._C", reason="the native module is not built here")
     from hunyuan_fast.kernels.causal_conv3d import cuda_impl
 
-    emulator = Emulator(native)
     monkeypatch.setattr(cuda_impl, "_C", emulator)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     stream = SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
-    return emulator

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from hunyuan_fast.dispatch import implementations, use
 from hunyuan_fast.ops import causal_conv3d
+from tests.kit.hopper import EXTREMES
 from tests.kit.native import (
     ARCHITECTURES,
     ROOT,
@@ -30,9 +31,9 @@ from tests.ops.causal_conv3d_cases import (
     draw_call,
     run,
 )
-from tests.ops.hopper_emulator import check, emulated, native
+from tests.ops.hopper_emulator import check, emulated, native, real_sources
 
-__all__ = ["emulated", "native"]  # fixtures
+__all__ = ["emulated", "native", "real_sources"]  # fixtures
 
 # Tiles hold 128 positions by 256 channels, or 256 by 128: none of these divides what follows.
 CASES = {
@@ -93,6 +94,18 @@ def test_emulated(case, least, impl, emulated, generator, monkeypatch):
         pytest.skip("no taps meet")
     monkeypatch.setattr(impl, "_WORTH_A_KERNEL", least)
     assert_forward_right(impl.forward(*call.arguments), call)
+
+
+@pytest.mark.parametrize("case", ["every edge", "wide", "long past", "doubled, past"])
+def test_the_sources_run_on_the_emulated_machine(case, impl, real_sources, generator):
+    """Barriers, copies and products as in the kernel, early and late."""
+    call = draw(generator, CASES[case])
+    expected = None
+    for real_sources.seed in (*EXTREMES, 5):
+        y = impl.forward(*call.arguments)
+        expected = y if expected is None else expected
+        assert_equal(y, expected)
+    assert_forward_right(expected, call)
 
 
 def test_taps_that_meet_the_first_frame_take_launches_of_their_own(impl, emulated, generator):

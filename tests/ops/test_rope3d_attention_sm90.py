@@ -1,6 +1,7 @@
 """The Hopper kernels of attention: emulated, their machine code, on a GPU."""
 
 import importlib
+import itertools
 import re
 import subprocess
 from collections.abc import Callable
@@ -33,9 +34,10 @@ DRIVER = ROOT / "tests/native/hopper_attention.cpp"
 SOURCES = sorted((ROOT / "csrc/rope3d_attention").glob("sm90_forward_*.cu"))
 OPERANDS = ROOT / "tests/native/sm90_operands.cu"
 TENSOR_MAP = ROOT / "csrc/common/sm90_tensor_map.cu"
-TILES = (128, 176)  # of keys
+# Keys of a tile, and how many blocks share what they fetch.
+WAYS = list(itertools.product((128, 176), (1, 2)))
 # Registers of a consumer: kConsumerRegisters in sm90_forward.cuh.
-MOST_REGISTERS = 232
+MOST_REGISTERS = 224
 
 # length, then lengths: tiles hold 128 queries, and 128 or 176 keys.
 CASES = {
@@ -51,6 +53,7 @@ CASES = {
 each_dtype = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"]
 )
+each_way = pytest.mark.parametrize(("key_tile", "cluster"), WAYS, ids=str)
 needs_compiler = pytest.mark.skipif(hopper.compiler() is None, reason="no C++ compiler")
 
 
@@ -79,12 +82,14 @@ class Emulator:
         out: Tensor,
         lse: Tensor,
         key_tile: int,
+        cluster: int,
         _: int,
     ) -> None:
         step = 0 if kv_len is None else kv_len.stride(0) * kv_len.element_size() // 4
         numbers = [*q.shape, key_tile, q.dtype == torch.float16, step]
         for x in (q, k, v, out):
             numbers += x.stride()[:3]
+        numbers.append(cluster)
         self._kernels.run(
             "attention_forward",
             *(q, k, v, kv_len, out, lse, float(scale), numbers),
@@ -133,16 +138,17 @@ def assert_right(out: Tensor, lse: Tensor, inputs: list[Tensor], lengths: list[i
 
 
 @needs_compiler
-@pytest.mark.parametrize("key_tile", TILES)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@each_way
 @pytest.mark.parametrize("case", CASES)
-def test_emulated(case, head_dim, key_tile, impl, emulated, generator):
+def test_emulated(case, key_tile, cluster, impl, emulated, generator):
+    """Every way meets both head dimensions, and so does every case."""
     length, lengths = CASES[case]
-    heads = 2 if length < 300 else 1
-    emulated.seed = head_dim + key_tile
-    inputs = draw(generator, lengths, length, heads, head_dim, torch.bfloat16)
+    head_dim = (64, 128)[(list(CASES).index(case) + WAYS.index((key_tile, cluster))) % 2]
+    emulated.seed = 4 + key_tile + cluster
+    inputs = draw(generator, lengths, length, 2 if length < 300 else 1, head_dim, torch.bfloat16)
     scale = head_dim**-0.5
-    out, lse = impl.forward(*inputs, torch.tensor(lengths), scale, key_tile=key_tile)
+    kv_len = torch.tensor(lengths)
+    out, lse = impl.forward(*inputs, kv_len, scale, key_tile=key_tile, cluster=cluster)
     assert_right(out, lse, inputs, lengths, scale)
 
 
@@ -157,17 +163,17 @@ def test_sharp_and_flat_scores(sharpness, dtype, impl, emulated, generator):
 
 
 @needs_compiler
-@pytest.mark.parametrize("seed", [*hopper.EXTREMES, 4, 5, 6, 7])
-@pytest.mark.parametrize("processors", [1, 2, 5])
-def test_the_order_of_things_does_not_matter(seed, processors, impl, emulated, generator):
-    """Copies and products early or late, one block for all items or one for each: same bits."""
+@pytest.mark.parametrize("seed", [*hopper.EXTREMES, 4, 5])
+@pytest.mark.parametrize("processors", [2, 5])
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_the_order_of_things_does_not_matter(seed, processors, cluster, impl, emulated, generator):
+    """Copies and products early or late, some blocks for all items or one for each: same bits."""
     lengths = torch.tensor([0, 1, 260, 129])
     inputs = draw(generator, lengths.tolist(), 260, 1, 64, torch.bfloat16)
-    expected = impl.forward(*inputs, lengths, 0.125, key_tile=128)
+    expected = impl.forward(*inputs, lengths, 0.125, key_tile=128, cluster=1)
     emulated.seed, emulated.processors = seed, processors
-    for result, wanted in zip(
-        impl.forward(*inputs, lengths, 0.125, key_tile=128), expected, strict=True
-    ):
+    results = impl.forward(*inputs, lengths, 0.125, key_tile=128, cluster=cluster)
+    for result, wanted in zip(results, expected, strict=True):
         assert_equal(result, wanted)
 
 
@@ -292,8 +298,9 @@ def test_native_refusals():
     q = torch.zeros(2, 5, 3, 64, dtype=torch.bfloat16)
     lse = torch.zeros(2, 3, 5)
 
-    def call(q=q, scale=0.125, key_tile=128):
-        native.rope3d_attention_forward_hopper(q, q, q, None, scale, q, lse, key_tile, 0)
+    def call(q=q, scale=0.125, key_tile=128, cluster=1):
+        options = (scale, q, lse, key_tile, cluster, 0)
+        native.rope3d_attention_forward_hopper(q, q, q, None, *options)
 
     with pytest.raises(ValueError, match="q must be on a CUDA device"):
         call()
@@ -305,6 +312,8 @@ def test_native_refusals():
         call(scale=0.0)
     with pytest.raises(ValueError, match="key_tile must be 128 or 176, got 64"):
         call(key_tile=64)
+    with pytest.raises(ValueError, match="cluster must be 1 or 2, got 4"):
+        call(cluster=4)
 
 
 # ---- machine code
@@ -323,16 +332,20 @@ def test_the_machine_code_is_what_was_meant(source):
     """Hopper's products and copies, as many as are written, and what overlaps what."""
     assert not re.findall(r"C75\d\d", build(source, "90a").log), "the compiler gave something up"
     codes = machine_code(source, "90a")
-    assert len(codes) == 4
+    assert len(codes) == 2 * len(WAYS)
     for name, code in codes.items():
-        head_dim, keys = map(int, re.search(r"ShapeILi(\d+)ELi(\d+)E", name).groups())
-        shape = "F32.BF16" if source.stem.endswith("bf16") else "F32"
+        shape = re.search(r"ShapeILi(\d+)ELi(\d+)ELi(\d)E", name).groups()
+        head_dim, keys, cluster = map(int, shape)
+        kind = "F32.BF16" if source.stem.endswith("bf16") else "F32"
         # the first or last product of an item, and those of the loop
-        scores = re.findall(rf"HGMMA\.64x{keys}x16\.{shape} R\d+, gdesc\[", code)
-        values = re.findall(rf"HGMMA\.64x{head_dim}x16\.{shape} R\d+, R\d+, gdesc\S+tnspB", code)
+        scores = re.findall(rf"HGMMA\.64x{keys}x16\.{kind} R\d+, gdesc\[", code)
+        values = re.findall(rf"HGMMA\.64x{head_dim}x16\.{kind} R\d+, R\d+, gdesc\S+tnspB", code)
         assert (len(scores), len(values)) == (2 * head_dim // 16, 2 * keys // 16)
         blocks = head_dim // 64
-        assert len(re.findall("UTMALDG.4D", code)) == 6 * blocks
+        # queries of two consumers; the last tile of keys and values, and those of the loop
+        assert len(re.findall(r"UTMALDG\.4D", code)) == 6 * blocks
+        assert len(re.findall(r"UTMALDG\.4D\.MULTICAST", code)) == (cluster - 1) * 4 * blocks
+        assert ("UCGABAR" in code) == (cluster > 1)
         assert re.search(r"LDGSTS\S*\.128 ", code)
         assert "ARRIVES.LDGSTSBAR" in code
         for once in ("USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"):
@@ -374,18 +387,18 @@ def test_each_instruction_on_a_gpu(tmp_path):
 @pytest.mark.gpu
 @on_a_hopper
 @each_dtype
-@pytest.mark.parametrize("key_tile", TILES)
+@each_way
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("case", CASES)
-def test_on_a_gpu(case, head_dim, key_tile, dtype, impl, generator):
+def test_on_a_gpu(case, head_dim, key_tile, cluster, dtype, impl, generator):
     length, lengths = CASES[case]
     inputs = [x.cuda() for x in draw(generator, lengths, length, 3, head_dim, dtype)]
     kv_len, scale = torch.tensor(lengths).cuda(), head_dim**-0.5
-    out, lse = impl.forward(*inputs, kv_len, scale, key_tile=key_tile)
+    way = {"key_tile": key_tile, "cluster": cluster}
+    out, lse = impl.forward(*inputs, kv_len, scale, **way)
     assert_right(out, lse, inputs, lengths, scale)
     for _ in range(5):
-        again = impl.forward(*inputs, kv_len, scale, key_tile=key_tile)
-        assert_equal(again[0], out)
+        assert_equal(impl.forward(*inputs, kv_len, scale, **way)[0], out)
 
 
 @pytest.mark.gpu

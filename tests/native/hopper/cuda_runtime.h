@@ -80,7 +80,9 @@ T exchanged(unsigned lanes, T value, int from_lane) {
     return value;
 }
 
-inline int own_lane() { return int(thread_index.x + block_size.x * (thread_index.y + block_size.y * thread_index.z)) % 32; }
+inline int own_lane() {
+    return int(thread_index.x + block_size.x * (thread_index.y + block_size.y * thread_index.z)) % 32;
+}
 
 }  // namespace hopper
 

@@ -33,6 +33,9 @@ void wait_for_products() {
 template <int Count>
 void settle(float (&)[Count]) {}
 
+inline void sync_cluster() { hopper::sync_cluster(); }
+inline void arrive_remote(uint32_t barrier, int rank) { hopper::arrive_remote(barrier, rank); }
+
 inline void sync_named(int barrier, int threads) { hopper::sync_named(barrier, threads); }
 inline void arrive_named(int barrier, int threads) { hopper::arrive_named(barrier, threads); }
 

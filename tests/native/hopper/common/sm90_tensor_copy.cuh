@@ -12,6 +12,11 @@ inline void copy_tensor(uint32_t to, TensorMap const& map, int c0, int c1, int c
     hopper::copy_tensor(to, &map, {c0, c1, c2, c3}, barrier);
 }
 
+inline void copy_tensor_to_cluster(uint32_t to, TensorMap const& map, int c0, int c1, int c2, int c3, uint32_t barrier,
+                                   uint16_t blocks) {
+    hopper::copy_tensor_to_cluster(to, &map, {c0, c1, c2, c3}, barrier, blocks);
+}
+
 inline void store_tensor(TensorMap const& map, uint32_t from, int c0, int c1, int c2, int c3) {
     hopper::store_tensor(&map, from, {c0, c1, c2, c3});
 }

@@ -9,7 +9,7 @@ namespace hopper {
 // ---- warps
 
 void sync_warp(uint32_t lanes) {
-    together("__syncwarp", lanes, nullptr, [] {});
+    together("__syncwarp", lanes, nullptr, [] {}, true);
 }
 
 namespace {
@@ -29,7 +29,9 @@ uint64_t exchange(uint32_t lanes, uint64_t value, int from_lane) {
         for (int lane = 0; lane < kWarp; ++lane) {
             if ((lanes >> lane & 1) == 0) continue;
             auto const& each = brought<Exchange>(lane);
-            if ((lanes >> each.from & 1) == 0) fail("__shfl_sync: lane %d asks lane %d, which is not here", lane, each.from);
+            if ((lanes >> each.from & 1) == 0) {
+                fail("__shfl_sync: lane %d asks lane %d, which is not here", lane, each.from);
+            }
             *each.result = brought<Exchange>(each.from).value;
         }
     });
@@ -87,29 +89,63 @@ void arrive_at(NamedCall const& call, bool wait, char const* what) {
     }
     named.arrived += kWarp;
     named.warps.push_back(warp);
+    named.gathered.learn(self().clock);
     if (named.arrived == threads) {
         named.arrived = 0;
         named.warps.clear();
+        named.published = named.gathered;
         wake_all(named.waiting);
     } else if (wait) {
         named.waiting.push_back(&self());
         block_for({Waiting::named, what, uint64_t(number)});
     }
+    if (wait) self().clock.learn(named.published);
 }
 
 }  // namespace
 
 void sync_named(int barrier, int threads) {
     NamedCall const call = {barrier, threads};
-    together("barrier.sync", kAll, &call, [&] { arrive_at(call, true, "barrier.sync"); });
+    together("barrier.sync", kAll, &call, [&] { arrive_at(call, true, "barrier.sync"); }, true);
 }
 
 void arrive_named(int barrier, int threads) {
     NamedCall const call = {barrier, threads};
-    together("barrier.arrive", kAll, &call, [&] { arrive_at(call, false, "barrier.arrive"); });
+    together("barrier.arrive", kAll, &call, [&] { arrive_at(call, false, "barrier.arrive"); }, true);
 }
 
 void sync_block() { sync_named(0, int(block().fibers.size())); }
+
+// ---- the barrier of a cluster: of all threads that have not left the kernel
+
+namespace {
+
+void settle_cluster() {
+    auto& barrier = machine.cluster_barrier;
+    size_t unfinished = 0;
+    for (auto const& each : machine.cluster) unfinished += each->unfinished;
+    if (barrier.arrived == 0 || barrier.arrived < int(unfinished)) return;
+    barrier.arrived = 0;
+    barrier.published = barrier.gathered;
+    wake_all(barrier.waiting);
+}
+
+}  // namespace
+
+void leave_cluster_barrier() { settle_cluster(); }
+
+void sync_cluster() {
+    auto const come = [] {
+        auto& barrier = machine.cluster_barrier;
+        barrier.gathered.learn(self().clock);
+        barrier.arrived += kWarp;
+        barrier.waiting.push_back(&self());
+        settle_cluster();
+        if (!barrier.waiting.empty()) block_for({Waiting::cluster, "barrier.cluster"});
+        self().clock.learn(barrier.published);
+    };
+    together("barrier.cluster", kAll, nullptr, come, true);
+}
 
 // ---- barriers in shared memory: "mbarrier"
 
@@ -131,6 +167,8 @@ void settle(uint32_t address, Barrier& barrier) {
     }
     if (barrier.bytes > 0) return;
     ++barrier.phase;
+    barrier.published = barrier.arrived;
+    barrier.published.learn({barrier.component, uint32_t(barrier.phase)});
     barrier.pending = barrier.expected;
     wake_all(barrier.waiting);
 }
@@ -145,6 +183,11 @@ std::string describe(uint32_t address, Barrier const& barrier) {
     return text;
 }
 
+Stamp phase_of(uint32_t address) {
+    Barrier const& barrier = barrier_at(address, "a copy");
+    return {barrier.component, uint32_t(barrier.phase) + 1};
+}
+
 Barrier& barrier_at(uint32_t address, char const* what) {
     auto const found = block().barriers.find(address);
     if (found == block().barriers.end()) {
@@ -154,11 +197,16 @@ Barrier& barrier_at(uint32_t address, char const* what) {
 }
 
 void init_barrier(uint32_t address, int arrivals) {
-    block().shared.reserve(address, self().number);
+    auto& clock = self().clock;
+    block().shared.reserve(address, clock, clock.now(self().source));
+    clock.step(self().source);
     if (arrivals < 1 || arrivals > kMostArrivals) fail("init_barrier: %d arrivals", arrivals);
-    Barrier& barrier = block().barriers[address];
-    if (!barrier.waiting.empty()) fail("init_barrier: threads wait for %s", describe(address, barrier).c_str());
-    barrier = {arrivals, arrivals, 0, 0, {}};
+    auto const [place, fresh] = block().barriers.try_emplace(address);
+    Barrier& barrier = place->second;
+    if (!fresh) fail("init_barrier: it has begun before: %s", describe(address, barrier).c_str());
+    barrier.expected = barrier.pending = arrivals;
+    barrier.component = new_component("the copies to barrier " + std::to_string(address - kSharedBase));
+    barrier.arrived = barrier.published = new_clock();
 }
 
 void count_arrival(uint32_t address) {
@@ -176,20 +224,41 @@ void count_bytes(uint32_t address, int64_t bytes) {
 void arrive(uint32_t address, uint32_t expected_bytes) {
     if (machine.draw(8)) pause();
     Barrier& barrier = barrier_at(address, "arrive");
+    block().shared.check_barrier(address, self().clock, true, "arrive");
+    barrier.arrived.learn(self().clock);
+    self().clock.step(self().source);
     barrier.bytes += expected_bytes;
     if (barrier.bytes > kMostBytes) settle(address, barrier);
     --barrier.pending;
     settle(address, barrier);
 }
 
+void arrive_remote(uint32_t address, int rank) {
+    InBlock const there(block_of_cluster(rank, "arrive_remote"));
+    Barrier& barrier = barrier_at(address, "arrive_remote");
+    block().shared.check_barrier(address, self().clock, true, "arrive_remote");
+    barrier.arrived.learn(self().clock);
+    self().clock.step(self().source);
+    --barrier.pending;
+    settle(address, barrier);
+}
+
 void wait(uint32_t address, uint32_t parity) {
     Barrier& barrier = barrier_at(address, "wait");
+    block().shared.check_barrier(address, self().clock, true, "wait");
     if (parity > 1) fail("wait: a parity of %u", parity);
     while ((barrier.phase & 1) == parity) {
         barrier.waiting.push_back(&self());
         block_for({Waiting::barrier, "wait", address, parity});
     }
+    self().clock.learn(barrier.published);
     if (machine.draw(8)) pause();
+}
+
+void fence_async_proxy() {
+    block().shared.fence();
+    self().clock.fence();
+    self().clock.step(self().source);
 }
 
 // ---- registers

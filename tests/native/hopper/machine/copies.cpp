@@ -59,7 +59,7 @@ void land_box(Copy const& copy) {
         std::memcpy(&bytes[offset], row, count);
     });
     bytes = arranged(copy.map, copy.to, bytes);
-    block().shared.land(copy.to, bytes.data(), copy.bytes, copy.thread, false);
+    block().shared.land(copy.to, bytes.data(), copy.bytes, phase_of(copy.barrier), false);
 }
 
 void land_chunks(Copy const& copy) {
@@ -67,44 +67,47 @@ void land_chunks(Copy const& copy) {
         uint8_t bytes[kChunk] = {};
         if (piece.bytes > 0) check_global(piece.from, piece.bytes, "copy_chunk");
         std::memcpy(bytes, piece.from, piece.bytes);
-        block().shared.land(piece.to, bytes, kChunk, copy.thread, true);
+        block().shared.land(piece.to, bytes, kChunk, phase_of(copy.barrier), true);
     }
-    if (copy.barrier != 0) count_arrival(copy.barrier);
+    count_arrival(copy.barrier);
 }
 
 void land(Copy const& copy) {
+    InBlock const there(*copy.block);
     if (copy.kind == Copy::chunks) return land_chunks(copy);
     if (copy.kind == Copy::box) {
         land_box(copy);
     } else {
         check_global(copy.from, copy.bytes, "copy_bulk");
-        block().shared.land(copy.to, copy.from, copy.bytes, copy.thread, false);
+        block().shared.land(copy.to, copy.from, copy.bytes, phase_of(copy.barrier), false);
     }
     count_bytes(copy.barrier, copy.bytes);
 }
 
 void begin(Copy&& copy) {
-    if (machine.copies == Timing::early) return land(copy);
-    block().copies.push_back(std::move(copy));
+    copy.block = &block();
+    if (machine.copy_timing == Timing::early) return land(copy);
+    machine.copies.push_back(std::move(copy));
 }
 
 void begin_shared(Copy& copy, uint32_t multiple, char const* what) {
     block().shared.at(copy.to, copy.bytes, multiple, what);
     barrier_at(copy.barrier, what);
-    copy.thread = self().number;
-    block().shared.check_fenced(copy.barrier, copy.thread, 1, "the barrier of a copy");
-    block().shared.begin_copy(copy.to, copy.bytes, copy.thread, false, what);
+    block().shared.check_barrier(copy.barrier, self().clock, false, "the barrier of a copy");
+    block().shared.begin_copy(copy.to, copy.bytes, self().clock, false, what);
 }
 
 }  // namespace
 
 // One of those under way; those of a thread by cp.async come in order.
 bool land_some_copy() {
-    auto& copies = block().copies;
+    auto& copies = machine.copies;
     if (copies.empty()) return false;
     size_t chosen = machine.random() % copies.size();
     if (copies[chosen].kind == Copy::chunks) {
-        auto const same = [&](Copy const& c) { return c.kind == Copy::chunks && c.thread == copies[chosen].thread; };
+        auto const same = [&](Copy const& c) {
+            return c.kind == Copy::chunks && c.block == copies[chosen].block && c.thread == copies[chosen].thread;
+        };
         chosen = size_t(std::find_if(copies.begin(), copies.end(), same) - copies.begin());
     }
     Copy const copy = std::move(copies[chosen]);
@@ -116,7 +119,7 @@ bool land_some_copy() {
 void copy_chunk(uint32_t to, void const* from, uint32_t bytes) {
     if (bytes > kChunk) fail("copy_chunk: %u bytes of 16", bytes);
     if (reinterpret_cast<uintptr_t>(from) % kChunk != 0) fail("copy_chunk: a source that is no multiple of 16");
-    block().shared.begin_copy(to, kChunk, self().number, true, "copy_chunk");
+    block().shared.begin_copy(to, kChunk, self().clock, true, "copy_chunk");
     self().chunks.push_back({to, bytes, from});
 }
 
@@ -151,6 +154,15 @@ void copy_tensor(uint32_t to, void const* map, int const (&at)[4], uint32_t barr
     begin(std::move(copy));
 }
 
+void copy_tensor_to_cluster(uint32_t to, void const* map, int const (&at)[4], uint32_t barrier, uint32_t blocks) {
+    if (blocks == 0) fail("copy_tensor_to_cluster: to no block");
+    for (int rank = 0; rank < 16; ++rank) {
+        if ((blocks >> rank & 1) == 0) continue;
+        InBlock const there(block_of_cluster(rank, "copy_tensor_to_cluster"));
+        copy_tensor(to, map, at, barrier);
+    }
+}
+
 // ---- stores
 
 namespace {
@@ -183,6 +195,7 @@ void write_box(Store const& store) {
 void write_global(Store& store) {
     if (store.written) return;
     store.written = true;
+    InBlock const there(*store.block);
     read_shared(store);
     if (store.adds) {
         add(store);
@@ -194,16 +207,23 @@ void write_global(Store& store) {
 void begin_store(Store&& store, uint32_t multiple, char const* what) {
     auto& shared = block().shared;
     shared.at(store.from, store.bytes, multiple, what);
-    for (uint32_t i = 0; i < store.bytes; i += kChunk) shared.begin_read(store.from + i, self().number, 1, what);
+    Fiber& own = self();
+    if (own.store_component < 0) {
+        own.store_component = new_component("a store of thread " + std::to_string(own.number));
+    }
+    store.done = {own.store_component, ++own.begun_stores};
+    for (uint32_t i = 0; i < store.bytes; i += kChunk) shared.begin_read(store.from + i, own.clock, store.done, what);
+    store.block = &block();
     auto const kept = std::make_shared<Store>(std::move(store));
-    if (machine.copies == Timing::early) write_global(*kept);
+    if (machine.copy_timing == Timing::early) write_global(*kept);
     self().open.push_back(kept);
-    block().stores.push_back(kept);
+    machine.stores.push_back(kept);
 }
 
 void end_read(Store& store) {
     if (store.waited) return;
     store.waited = true;
+    self().clock.learn(store.done);
     read_shared(store);
     for (uint32_t i = 0; i < store.bytes; i += kChunk) block().shared.end_read(store.from + i, "a store");
 }
@@ -243,7 +263,7 @@ void wait_for_stores(int pending, bool reads_only) {
 }
 
 bool do_some_store() {
-    auto& stores = block().stores;
+    auto& stores = machine.stores;
     if (stores.empty()) return false;
     write_global(*stores[machine.random() % stores.size()]);
     return true;
@@ -251,11 +271,11 @@ bool do_some_store() {
 
 // When all threads have left.
 void finish_stores() {
-    for (auto const& store : block().stores) {
+    for (auto const& store : machine.stores) {
         if (!store->waited) fail("the block ends, and no wait says that a store has read its shared memory");
         write_global(*store);
     }
-    if (!block().copies.empty()) fail("the block ends while copies are under way to its shared memory");
+    machine.stores.clear();
 }
 
 // ---- stmatrix: lane l holds values 2 (l % 4) and the next of row l / 4 of each matrix
@@ -284,7 +304,9 @@ void store_matrix(uint32_t to, uint32_t const* registers, bool transposed) {
             uint32_t const address = brought<MatrixCall>(lane).to;
             block().shared.at(address, kChunk, kChunk, "stmatrix");
             int const thread = warp_of(self()) * kWarp + lane;
-            block().shared.write(address, matrices[lane / 8][lane % 8], kChunk, thread, "stmatrix");
+            auto const& clock = block().fibers[size_t(thread)].clock;
+            Stamp const done = clock.now(block().fibers[size_t(thread)].source);
+            block().shared.write(address, matrices[lane / 8][lane % 8], kChunk, clock, done, "stmatrix");
         }
     });
 }

@@ -17,7 +17,7 @@ constexpr unsigned kStackBytes = 128 * 1024;
 jmp_buf scheduler;
 std::function<void()> const* kernel_of_fibers = nullptr;
 
-// Stacks outlive blocks. Below each lies a page that nobody may touch.
+// Stacks outlive blocks; `number` is that of a thread in its cluster. Below each lies a page that nobody may touch.
 char* stack_of(int number) {
     static std::vector<char*> stacks;
     auto const page = unsigned(sysconf(_SC_PAGESIZE));
@@ -44,6 +44,8 @@ __attribute__((noinline)) void leave() {
 __attribute__((noinline)) void resume(Fiber& fiber) {
     if (_setjmp(scheduler) != 0) return;
     machine.running = &fiber;
+    machine.block = fiber.block;
+    block_index = fiber.block->index;
     Index const size = block_size;
     unsigned const n = unsigned(fiber.number);
     thread_index = {n % size.x, n / size.x % size.y, n / (size.x * size.y)};
@@ -54,20 +56,37 @@ __attribute__((noinline)) void resume(Fiber& fiber) {
 
 void prepare(Fiber& fiber) {
     getcontext(&fiber.entry);
-    fiber.entry.uc_stack.ss_sp = stack_of(fiber.number);
+    Block const& own = *fiber.block;
+    fiber.entry.uc_stack.ss_sp = stack_of(own.rank * int(own.fibers.size()) + fiber.number);
     fiber.entry.uc_stack.ss_size = kStackBytes;
     fiber.entry.uc_link = nullptr;
     makecontext(&fiber.entry, enter, 0);
-    block().ready.push_back(&fiber);
+    machine.ready.push_back(&fiber);
 }
 
 bool drawn(Timing timing) { return timing == Timing::drawn && machine.draw(4); }
 
+// Who runs: anyone, or one of a warp that is ahead of others until favour changes. The former mixes threads, the latter
+// lets a warp run as far as barriers let it.
+Fiber& next_of(std::vector<Fiber*>& ready) {
+    auto& changed = machine.cluster[machine.random() % machine.cluster.size()]->favour;
+    if (machine.draw(512)) std::shuffle(changed.begin(), changed.end(), machine.random);
+    auto const favour = [](Fiber const& fiber) { return fiber.block->favour[size_t(warp_of(fiber))]; };
+    size_t chosen = machine.random() % ready.size();
+    for (size_t i = 0; i < ready.size() && machine.by_favour; ++i) {
+        if (favour(*ready[i]) > favour(*ready[chosen])) chosen = i;
+    }
+    std::swap(ready[chosen], ready.back());
+    Fiber& fiber = *ready.back();
+    ready.pop_back();
+    return fiber;
+}
+
 // Something asynchronous that may happen now, whoever waits for it.
 void drift() {
-    if (drawn(machine.copies)) land_some_copy();
-    if (drawn(machine.copies)) do_some_store();
-    if (drawn(machine.products)) compute_some_product();
+    if (drawn(machine.copy_timing)) land_some_copy();
+    if (drawn(machine.copy_timing)) do_some_store();
+    if (drawn(machine.product_timing)) compute_some_product();
 }
 
 std::string words(Reason const& reason) {
@@ -86,6 +105,7 @@ std::string words(Reason const& reason) {
                      named.threads);
             return text;
         }
+        case Waiting::cluster: return "the other blocks of the cluster";
         case Waiting::issue: return "the rest of its warpgroup to ask for the same products";
         case Waiting::registers:
             snprintf(text, sizeof text, "%llu registers (%d are free)", number, block().free_registers);
@@ -97,7 +117,7 @@ std::string words(Reason const& reason) {
 }  // namespace
 
 void pause() {
-    block().ready.push_back(&self());
+    machine.ready.push_back(&self());
     leave();
 }
 
@@ -111,7 +131,7 @@ void block_for(Reason const& why) {
 void wake(Fiber& fiber) {
     if (fiber.state != Fiber::waiting) return;
     fiber.state = Fiber::ready;
-    block().ready.push_back(&fiber);
+    machine.ready.push_back(&fiber);
 }
 
 void wake_all(std::vector<Fiber*>& fibers) {
@@ -119,48 +139,70 @@ void wake_all(std::vector<Fiber*>& fibers) {
     fibers.clear();
 }
 
+namespace {
+
 // One line for all neighbouring threads that wait for the same.
-std::string who_waits() {
+std::string who_waits_in(Block const& block) {
     std::string report, last;
     int first = 0;
-    auto const& fibers = block().fibers;
     auto const close = [&](int end) {
         if (last.empty()) return;
-        report += "\n  threads " + std::to_string(first) + " to " + std::to_string(end - 1) + " wait for " + last;
+        report += "\n  threads " + std::to_string(first) + " to " + std::to_string(end - 1) + " of block " +
+                  std::to_string(block.index.x) + " wait for " + last;
     };
-    for (auto const& fiber : fibers) {
+    for (auto const& fiber : block.fibers) {
         std::string const now = fiber.state == Fiber::done ? "" : words(fiber.reason);
         if (now == last) continue;
         close(fiber.number);
         last = now, first = fiber.number;
     }
-    close(int(fibers.size()));
+    close(int(block.fibers.size()));
     return report;
 }
 
-void run_block(std::function<void()> const& kernel) {
+std::string who_waits() {
+    std::string report;
+    for (auto const& each : machine.cluster) {
+        InBlock const there(*each);
+        report += who_waits_in(*each);
+    }
+    return report;
+}
+
+void end_thread(Fiber& fiber) {
+    --fiber.block->unfinished;
+    leave_cluster_barrier();
+    if (fiber.block->unfinished > 0) return;
+    for (auto const& copy : machine.copies) {
+        if (copy.block == fiber.block) fail("a block ends while copies are under way to its shared memory");
+    }
+}
+
+}  // namespace
+
+void run_cluster(std::function<void()> const& kernel) {
     kernel_of_fibers = &kernel;
-    for (auto& fiber : block().fibers) prepare(fiber);
-    auto& ready = block().ready;
-    size_t unfinished = block().fibers.size();
+    size_t unfinished = 0;
+    for (auto const& each : machine.cluster) {
+        unfinished += each->fibers.size();
+        for (auto& fiber : each->fibers) prepare(fiber);
+    }
     while (unfinished > 0) {
-        if (ready.empty()) {
+        if (machine.ready.empty()) {
             if (land_some_copy()) continue;
             fail("deadlock%s", who_waits().c_str());
         }
-        std::swap(ready[machine.random() % ready.size()], ready.back());
-        Fiber& fiber = *ready.back();
-        ready.pop_back();
+        Fiber& fiber = next_of(machine.ready);
         resume(fiber);
         machine.running = nullptr;
-        unfinished -= fiber.state == Fiber::done;
+        if (fiber.state == Fiber::done) end_thread(fiber), --unfinished;
         drift();
     }
 }
 
-bool gather(char const* what, uint32_t lanes, void const* data) {
+bool gather(char const* what, uint32_t lanes, void const* data, bool tell) {
     Fiber& own = self();
-    own.call = {what, lanes, data};
+    own.call = {what, lanes, data, tell};
     if ((lanes >> lane_of(own) & 1) == 0) fail("%s: thread %d is not of its own mask", what, own.number);
     Fiber* const warp = &block().fibers[warp_of(own) * kWarp];
     for (int lane = 0; lane < kWarp; ++lane) {
@@ -178,14 +220,25 @@ bool gather(char const* what, uint32_t lanes, void const* data) {
             return false;
         }
     }
+    for (int lane = 0; lane < kWarp && tell; ++lane) {
+        if (lanes >> lane & 1) own.clock.learn(warp[lane].clock);
+    }
     return true;
 }
 
-void release(uint32_t lanes) {
-    Fiber* const warp = &block().fibers[warp_of(self()) * kWarp];
+void release() {
+    Fiber& own = self();
+    Fiber* const warp = &block().fibers[warp_of(own) * kWarp];
+    uint32_t const lanes = own.call.lanes;
     for (int lane = 0; lane < kWarp; ++lane) {
-        if ((lanes >> lane & 1) && &warp[lane] != &self()) wake(warp[lane]);
+        if ((lanes >> lane & 1) == 0 || &warp[lane] == &own) continue;
+        if (own.call.tell) {
+            warp[lane].clock = own.clock;
+            warp[lane].clock.step(warp[lane].source);
+        }
+        wake(warp[lane]);
     }
+    own.clock.step(own.source);
     if (machine.draw(2)) pause();
 }
 

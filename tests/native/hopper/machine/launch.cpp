@@ -75,19 +75,43 @@ Index place_of(Index const& grid, uint64_t number) {
     return {unsigned(number % grid.x), unsigned(number / grid.x % grid.y), unsigned(number / grid.x / grid.y)};
 }
 
+void forget_cluster() {
+    machine.running = nullptr;
+    machine.block = nullptr;
+    machine.copies.clear();
+    machine.stores.clear();
+    machine.ready.clear();
+    machine.cluster.clear();
+    machine.sources.clear();
+}
+
+// Blocks of a cluster follow each other.
+void begin_cluster(Shape const& shape, uint64_t number) {
+    forget_cluster();
+    machine.cluster.resize(shape.cluster);
+    for (unsigned rank = 0; rank < shape.cluster; ++rank) {
+        Index const index = place_of(shape.grid, number * shape.cluster + rank);
+        machine.cluster[rank] = std::make_unique<Block>(shape, index, int(rank));
+    }
+    machine.cluster_barrier = {};
+    machine.cluster_barrier.gathered = machine.cluster_barrier.published = new_clock();
+}
+
 void run_blocks(Shape const& shape, std::function<void()> const& kernel) {
-    uint64_t const count = uint64_t(shape.grid.x) * shape.grid.y * shape.grid.z;
+    uint64_t const count = uint64_t(shape.grid.x) * shape.grid.y * shape.grid.z / shape.cluster;
     std::vector<uint64_t> order(count);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), machine.random);
     grid_size = shape.grid, block_size = shape.block;
     for (uint64_t const number : order) {
-        block_index = place_of(shape.grid, number);
-        machine.block = std::make_unique<Block>(shape);
-        run_block(kernel);
-        check_no_products();
+        begin_cluster(shape, number);
+        run_cluster(kernel);
         finish_stores();
-        if (!machine.block->shared.intact()) fail("bytes before or after the shared memory of a block were written");
+        for (auto const& each : machine.cluster) {
+            InBlock const there(*each);
+            check_no_products();
+            if (!each->shared.intact()) fail("bytes before or after the shared memory of a block were written");
+        }
     }
 }
 
@@ -104,23 +128,63 @@ void set_timings() {
                                       {Timing::early, Timing::late},
                                       {Timing::late, Timing::early}};
     bool const extreme = machine.seed < 4;
-    machine.copies = extreme ? kTimings[machine.seed][0] : Timing::drawn;
-    machine.products = extreme ? kTimings[machine.seed][1] : Timing::drawn;
+    machine.copy_timing = extreme ? kTimings[machine.seed][0] : Timing::drawn;
+    machine.product_timing = extreme ? kTimings[machine.seed][1] : Timing::drawn;
+    machine.by_favour = machine.seed % 2 == 1;
     machine.random.seed(machine.seed);
 }
 
 }  // namespace
 
-Block::Block(Shape const& given)
+Block::Block(Shape const& given, Index const& place, int place_in_cluster)
     : shape(given),
+      index(place),
+      rank(place_in_cluster),
       fibers(size_t(given.block.x) * given.block.y * given.block.z),
       warps(fibers.size() / kWarp),
       groups((fibers.size() + kGroup - 1) / kGroup),
-      shared(given.shared_bytes, int(fibers.size())) {
-    for (size_t i = 0; i < fibers.size(); ++i) fibers[i].number = int(i);
+      shared(given.shared_bytes) {
+    unfinished = fibers.size();
+    for (size_t i = 0; i < fibers.size(); ++i) {
+        fibers[i].block = this;
+        fibers[i].number = int(i);
+        fibers[i].source = new_component("thread " + std::to_string(i));
+        fibers[i].clock = Clock(int(given.cluster * (fibers.size() + kSources)));
+        fibers[i].clock.step(fibers[i].source);
+    }
+    for (size_t i = 0; i < groups.size(); ++i) {
+        groups[i].component = new_component("a product of warpgroup " + std::to_string(i));
+    }
+    for (auto& barrier : named) barrier.gathered = barrier.published = Clock(fibers[0].clock.components());
     int const each = std::min(256, kRegisters / int(fibers.size()) / 8 * 8);
     for (auto& warp : warps) warp.registers = each;
     elected = int(machine.random() % kWarp);
+    favour.resize(warps.size());
+    std::iota(favour.begin(), favour.end(), 0);
+    std::shuffle(favour.begin(), favour.end(), machine.random);
+}
+
+Block& block_of_cluster(int rank, char const* what) {
+    if (rank < 0 || rank >= int(machine.cluster.size())) {
+        fail("%s: block %d of a cluster of %zu", what, rank, machine.cluster.size());
+    }
+    Block& found = *machine.cluster[size_t(rank)];
+    if (found.unfinished == 0) fail("%s: block %d of the cluster has ended", what, rank);
+    return found;
+}
+
+Clock new_clock() { return Clock(machine.cluster[0]->fibers[0].clock.components()); }
+
+int new_component(std::string const& source) {
+    machine.sources.push_back(source);
+    if (machine.cluster[0] && int(machine.sources.size()) > machine.cluster[0]->fibers[0].clock.components()) {
+        fail("too many barriers or threads that store");
+    }
+    return int(machine.sources.size()) - 1;
+}
+
+std::string source_of(Stamp const& stamp) {
+    return stamp.component < 0 ? "nobody" : machine.sources[size_t(stamp.component)];
 }
 
 void fail(char const* format, ...) {
@@ -149,7 +213,7 @@ void check_global(void const* pointer, uint64_t bytes, char const* what) {
 
 char* dynamic_shared() { return block().shared.data(); }
 uint32_t shared_address(void const* pointer) { return block().shared.address_of(pointer); }
-void fence_async_proxy() { block().shared.fence(self().number); }
+
 int processors() { return machine.processors; }
 
 void launch(Shape const& shape, std::function<void()> const& kernel) {
@@ -159,13 +223,15 @@ void launch(Shape const& shape, std::function<void()> const& kernel) {
     if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0 || shape.grid.y > 65535 || shape.grid.z > 65535) {
         fail("a grid of %u x %u x %u blocks", shape.grid.x, shape.grid.y, shape.grid.z);
     }
+    if (shape.cluster == 0 || shape.cluster > 8 || shape.grid.x % shape.cluster != 0) {
+        fail("%u blocks in clusters of %u", shape.grid.x, shape.cluster);
+    }
     set_timings();
     Guard const guard;
     launched = true;
     bool const done = run_to_the_end(shape, kernel);
     launched = false;
-    machine.running = nullptr;
-    machine.block.reset();
+    forget_cluster();
     if (!done) throw std::runtime_error(machine.fault);
 }
 

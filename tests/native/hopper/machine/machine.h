@@ -34,9 +34,11 @@ bool elect_one();
 void sync_named(int barrier, int threads);
 void arrive_named(int barrier, int threads);
 void sync_block();
+void sync_cluster();
 
 void init_barrier(uint32_t barrier, int arrivals);
 void arrive(uint32_t barrier, uint32_t expected_bytes);
+void arrive_remote(uint32_t barrier, int rank);
 void wait(uint32_t barrier, uint32_t parity);
 
 // ---- shared memory
@@ -65,6 +67,7 @@ void arrive_after_copies(uint32_t barrier);
 void copy_bulk(uint32_t to, void const* from, uint32_t bytes, uint32_t barrier);
 void prefetch_map(void const* map);
 void copy_tensor(uint32_t to, void const* map, int const (&at)[4], uint32_t barrier);
+void copy_tensor_to_cluster(uint32_t to, void const* map, int const (&at)[4], uint32_t barrier, uint32_t blocks);
 void store_tensor(void const* map, uint32_t from, int const (&at)[4]);
 void reduce_add(float* to, uint32_t from, uint32_t bytes);
 void commit_stores();
@@ -99,6 +102,7 @@ struct Shape {
     Index grid;
     Index block;
     unsigned shared_bytes;
+    unsigned cluster;  // blocks, along x
 };
 
 void launch(Shape const& shape, std::function<void()> const& kernel);

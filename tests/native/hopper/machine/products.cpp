@@ -10,7 +10,8 @@ namespace hopper {
 namespace {
 
 constexpr int kRows = 64;
-constexpr uint32_t kInFlight = 0x7fd5a5a5;  // a NaN: what registers hold of sums that no wait covers
+// What registers hold of sums that no wait covers: a signalling NaN, which no arithmetic leaves as it is.
+constexpr uint32_t kInFlight = 0x7f95a5a5;
 
 float in_flight() {
     float value;
@@ -29,6 +30,8 @@ int depth_of(Number number) { return 32 / width_of(number); }
 
 Group& group_of(Fiber const& fiber) { return block().groups[fiber.number / kGroup]; }
 Warp& own_warp() { return block().warps[warp_of(self())]; }
+
+Fiber& fiber_of(int lane) { return block().fibers[size_t(warp_of(self()) * kWarp + lane)]; }
 
 // ---- descriptors
 
@@ -59,7 +62,8 @@ std::vector<uint32_t> chunks_along_k(Descriptor const& d, int rows, char const* 
     std::vector<uint32_t> chunks;
     for (int row = 0; row < rows; ++row)
         for (uint32_t chunk = 0; chunk < 2; ++chunk) {
-            chunks.push_back(swizzled(d.start + uint32_t(row / 8) * d.stride + uint32_t(row % 8) * 128 + chunk * kChunk));
+            uint32_t const in_row = d.start + uint32_t(row % 8) * 128 + chunk * kChunk;
+            chunks.push_back(swizzled(in_row + uint32_t(row / 8) * d.stride));
         }
     return chunks;
 }
@@ -68,7 +72,8 @@ std::vector<uint32_t> chunks_along_k(Descriptor const& d, int rows, char const* 
 // Eight such rows are a stride from the next eight.
 std::vector<uint32_t> chunks_along_mn(Descriptor const& d, int count, char const* operand) {
     if (d.start % 1024 != 0) {
-        fail("multiply: %s begins at byte %lld, which is no multiple of 1024", operand, (long long)d.start - kSharedBase);
+        fail("multiply: %s begins at byte %lld, which is no multiple of 1024", operand,
+             (long long)d.start - kSharedBase);
     }
     std::vector<uint32_t> chunks;
     for (int k = 0; k < 16; ++k)
@@ -81,7 +86,9 @@ std::vector<uint32_t> chunks_along_mn(Descriptor const& d, int count, char const
 
 std::vector<uint32_t> chunks_of(uint64_t bits, bool along_mn, int count, char const* operand) {
     Descriptor const d = decoded(bits, operand);
-    if (d.stride % 1024 != 0 || d.stride == 0) fail("multiply: %s has groups of eight rows %u bytes apart", operand, d.stride);
+    if (d.stride % 1024 != 0 || d.stride == 0) {
+        fail("multiply: %s has groups of eight rows %u bytes apart", operand, d.stride);
+    }
     if (!along_mn) return chunks_along_k(d, count, operand);
     if (count > 64 && (d.leading % 1024 != 0 || d.leading == 0)) {
         fail("multiply: %s has blocks of 64 neighbours %u bytes apart", operand, d.leading);
@@ -212,15 +219,15 @@ Product& next_product(Group& group, Warp& warp) {
 // By the last of the four warps.
 void issue(Group& group, uint64_t number) {
     Product& product = group.at(number);
-    int const leader = warp_of(self()) / 4 * kGroup;
     if (!product.commit) {
         auto const& call = product.call;
         if (call.fragment == nullptr) product.a = chunks_of(call.a, call.a_along_m, kRows, "A");
         product.b = chunks_of(call.b, call.b_along_n, call.columns, "B");
+        Stamp const done = {group.component, uint32_t(number) + 1};
         for (auto const* operand : {&product.a, &product.b})
-            for (uint32_t const chunk : *operand) block().shared.begin_read(chunk, leader, kGroup, "multiply");
+            for (uint32_t const chunk : *operand) block().shared.begin_read(chunk, product.known, done, "multiply");
     }
-    if (machine.products == Timing::early) compute_until(group, number + 1);
+    if (machine.product_timing == Timing::early) compute_until(group, number + 1);
     wake_all(group.waiting);
 }
 
@@ -233,14 +240,17 @@ void ask(ProductCall const& call) {
     if (product.commit) fail("multiply: another warp of the warpgroup ends a group of products here");
     Warp::Held* held = held_sums(warp, brought<ProductCall>(0).sums);
     if (!warp.fenced && (held == nullptr || call.fragment != nullptr)) {
-        fail("multiply: thread %d has not called fence_products since it touched registers of a product", self().number);
+        fail("multiply: thread %d has not called fence_products since it touched registers of a product",
+             self().number);
     }
     if (product.warps == 0) {
         product.call = call;
         product.sums = held != nullptr ? held->sums : std::make_shared<Sums>();
         product.sums->columns = call.columns;
         product.sums->values.resize(size_t(kRows * call.columns));
+        product.known = self().clock;
     }
+    for (int lane = 0; lane < kWarp; ++lane) product.known.keep(fiber_of(lane).clock);
     check_same(call, product.call);
     if (held != nullptr && held->sums != product.sums) fail("multiply: warps of a warpgroup add to different sums");
     if (held == nullptr) {
@@ -248,7 +258,9 @@ void ask(ProductCall const& call) {
         warp.held.push_back({product.sums, 0});
         held = &warp.held.back();
     }
-    if (held->sums->columns != call.columns) fail("multiply: sums of %d columns used as %d", held->sums->columns, call.columns);
+    if (held->sums->columns != call.columns) {
+        fail("multiply: sums of %d columns used as %d", held->sums->columns, call.columns);
+    }
     held->last = warp.next;
     if (call.fragment != nullptr) take_fragments(product);
     if (++product.warps == 4) issue(group, warp.next);
@@ -296,6 +308,7 @@ void settle(int pending) {
         block_for({Waiting::issue, "wait_for_products"});
     }
     compute_until(group, end);
+    for (int lane = 0; lane < kWarp; ++lane) fiber_of(lane).clock.learn({group.component, uint32_t(end)});
     for (uint64_t n = group.first; n < end; ++n) finish(group.at(n));
     for (size_t i = warp.held.size(); i-- > 0;) {
         if (warp.held[i].last >= end) continue;
@@ -333,6 +346,7 @@ void wait_for_products(int pending) {
 }
 
 bool compute_some_product() {
+    InBlock const there(*machine.cluster[machine.random() % machine.cluster.size()]);
     auto& groups = block().groups;
     Group& group = groups[machine.random() % groups.size()];
     if (group.computed >= group.end() || group.at(group.computed).warps < 4) return false;

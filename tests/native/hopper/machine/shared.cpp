@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "machine/machine.h"
+#include "machine/block.h"
 
 namespace hopper {
 namespace {
@@ -17,8 +17,8 @@ unsigned whole(unsigned bytes, unsigned multiple) { return (bytes + multiple - 1
 
 }  // namespace
 
-Shared::Shared(unsigned bytes, int threads)
-    : size_(bytes), known_(whole(bytes, kChunk)), chunks_(whole(bytes, kChunk) / kChunk), fences_(threads) {
+Shared::Shared(unsigned bytes)
+    : size_(bytes), known_(whole(bytes, kChunk)), chunks_(whole(bytes, kChunk) / kChunk) {
     auto const page = unsigned(sysconf(_SC_PAGESIZE));
     unsigned const room = whole(whole(bytes, kAlignment), page);
     region_bytes_ = room + 2 * page;
@@ -62,97 +62,109 @@ uint32_t Shared::address_of(void const* pointer) const {
     return kSharedBase + uint32_t(offset);
 }
 
-void Shared::check_unread(uint32_t address, uint32_t bytes, char const* what) const {
-    for (uint32_t at = address / kChunk * kChunk; at < address + bytes; at += kChunk) {
-        Chunk const& c = chunk(at);
-        if (c.barrier) fail("%s: a barrier lies at byte %u of shared memory", what, at - kSharedBase);
-        if (c.readers) {
-            fail("%s: byte %u of shared memory is written while something asynchronous (a product without its wait, "
-                 "a store) still reads it", what, at - kSharedBase);
-        }
-        if (c.copies) {
-            fail("%s: byte %u of shared memory is written while a copy is under way to it", what, at - kSharedBase);
-        }
+// Plain stores leave traces: bytes that nothing else accounts for.
+bool Shared::differs(uint32_t address) const {
+    uint32_t const at = address - kSharedBase;
+    return std::memcmp(data_ + at, &known_[at], size_ - at < kChunk ? size_ - at : kChunk) != 0;
+}
+
+void Shared::check_traces(uint32_t address, char const* what) const {
+    if (!differs(address)) return;
+    fail("%s: byte %u of shared memory was written by plain stores, and no fence_async_proxy followed them", what,
+         address - kSharedBase);
+}
+
+// That who asks knows of the last write, and that it was fenced where it must have been.
+void Shared::check_written(uint32_t address, Clock const& by, bool generic, char const* what) const {
+    Chunk const& c = chunk(address);
+    if (c.copies) fail("%s: a copy is still under way to byte %u of shared memory", what, address - kSharedBase);
+    if (!by.knows(c.written)) {
+        fail("%s: a race at byte %u of shared memory, written by %s: no wait or barrier says that it is done", what,
+             address - kSharedBase, source_of(c.written).c_str());
+    }
+    if (generic || !c.generic || by.knows_fenced(c.written)) return;
+    fail("%s: byte %u of shared memory was written by %s through the generic proxy, and no fence_async_proxy lies on "
+         "the way from there", what, address - kSharedBase, source_of(c.written).c_str());
+}
+
+void Shared::check_write(uint32_t address, Clock const& by, bool generic, char const* what) const {
+    Chunk const& c = chunk(address);
+    if (c.barrier) fail("%s: a barrier lies at byte %u of shared memory", what, address - kSharedBase);
+    check_written(address, by, generic, what);
+    for (auto const& read : c.reads) {
+        if (by.knows(read)) continue;
+        fail("%s: a race at byte %u of shared memory, which %s reads: no wait or barrier says that it has", what,
+             address - kSharedBase, source_of(read).c_str());
     }
 }
 
-void Shared::write(uint32_t address, void const* from, uint32_t bytes, int thread, char const* what) {
-    char* const to = at(address, bytes, 1, what);
-    check_unread(address, bytes, what);
+void Shared::write(uint32_t address, void const* from, uint32_t bytes, Clock const& by, Stamp done, char const* what) {
+    char* const to = at(address, bytes, kChunk, what);
+    for (uint32_t a = address; a < address + bytes; a += kChunk) {
+        check_write(a, by, true, what);
+        Chunk& c = chunk(a);
+        c.written = done, c.generic = true;
+        c.reads.clear();
+    }
     std::memcpy(to, from, bytes);
     std::memcpy(&known_[address - kSharedBase], from, bytes);
-    ++clock_;
-    for (uint32_t a = address / kChunk * kChunk; a < address + bytes; a += kChunk) {
-        chunk(a).written = clock_, chunk(a).writer = thread;
-    }
 }
 
-void Shared::fence(int thread) {
+void Shared::fence() {
     constexpr unsigned kStep = 4096;
     for (unsigned at = 0; at < size_; at += kStep) {
         unsigned const bytes = size_ - at < kStep ? size_ - at : kStep;
         if (std::memcmp(data_ + at, &known_[at], bytes) == 0) continue;
         for (unsigned i = at; i < at + bytes; i += kChunk) {
-            unsigned const some = size_ - i < kChunk ? size_ - i : kChunk;
-            if (std::memcmp(data_ + i, &known_[i], some) == 0) continue;
-            check_unread(kSharedBase + i, some, "a plain store");
-            std::memcpy(&known_[i], data_ + i, some);
-            chunk(kSharedBase + i).written = 0;
+            if (!differs(kSharedBase + i)) continue;
+            Chunk& c = chunk(kSharedBase + i);
+            if (c.readers > 0 || c.copies > 0) {
+                fail("byte %u of shared memory was written by a plain store while something asynchronous (a product, a "
+                     "store, a copy) is not yet done with it", i);
+            }
+            std::memcpy(&known_[i], data_ + i, size_ - i < kChunk ? size_ - i : kChunk);
+            // whose store it was is not known
+            c.written = {}, c.generic = true;
+            c.reads.clear();
         }
     }
-    fences_[thread] = ++clock_;
 }
 
-void Shared::check_traces(uint32_t address, char const* what) const {
-    uint32_t const at = address - kSharedBase;
-    if (std::memcmp(data_ + at, &known_[at], kChunk) != 0) {
-        fail("%s: byte %u of shared memory was written by plain stores, and no fence_async_proxy followed them", what,
-             at);
-    }
-}
-
-void Shared::check_fenced(uint32_t address, int first, int readers, char const* what) const {
-    Chunk const& c = chunk(address);
-    if (c.written == 0 || fences_[c.writer] > c.written) return;
-    for (int i = first; i < first + readers; ++i) {
-        if (fences_[i] > c.written) continue;
-        fail("%s: byte %u of shared memory was written by thread %d, and neither that one nor thread %d, which asks for "
-             "this, has called fence_async_proxy since", what, address - kSharedBase, c.writer, i);
-    }
-}
-
-void Shared::begin_read(uint32_t address, int first, int readers, char const* what) {
+void Shared::begin_read(uint32_t address, Clock const& by, Stamp done, char const* what) {
     at(address, kChunk, kChunk, what);
     Chunk& c = chunk(address);
     if (c.barrier) fail("%s: a barrier lies at byte %u of shared memory", what, address - kSharedBase);
-    if (c.copies) {
-        fail("%s: a copy is still under way to byte %u of shared memory", what, address - kSharedBase);
-    }
+    check_written(address, by, false, what);
     check_traces(address, what);
-    check_fenced(address, first, readers, what);
     ++c.readers;
+    for (auto& read : c.reads) {
+        if (read.component == done.component) return void(read = done);
+    }
+    c.reads.push_back(done);
 }
 
 void Shared::end_read(uint32_t address, char const* what) {
-    uint32_t const at = address - kSharedBase;
-    if (std::memcmp(data_ + at, &known_[at], kChunk) != 0) {
-        fail("%s: byte %u of shared memory was written by a plain store before the wait for what reads it", what, at);
+    if (differs(address)) {
+        fail("%s: byte %u of shared memory was written by a plain store before the wait for what reads it", what,
+             address - kSharedBase);
     }
     --chunk(address).readers;
 }
 
-void Shared::begin_copy(uint32_t address, uint32_t bytes, int thread, bool generic, char const* what) {
+void Shared::begin_copy(uint32_t address, uint32_t bytes, Clock const& by, bool generic, char const* what) {
     char* const to = at(address, bytes, kChunk, what);
-    check_unread(address, bytes, what);
     for (uint32_t a = address; a < address + bytes; a += kChunk) {
-        if (!generic) check_traces(a, what), check_fenced(a, thread, 1, what);
-        ++chunk(a).copies;
+        check_write(a, by, generic, what);
+        if (!generic) check_traces(a, what);
+        Chunk& c = chunk(a);
+        ++c.copies;
+        c.reads.clear();
     }
     std::memset(to, kUnwritten, bytes);
     std::memset(&known_[address - kSharedBase], kUnwritten, bytes);
 }
 
-void Shared::land(uint32_t address, void const* from, uint32_t bytes, int thread, bool generic) {
+void Shared::land(uint32_t address, void const* from, uint32_t bytes, Stamp done, bool generic) {
     uint32_t const start = address - kSharedBase;
     for (uint32_t i = 0; i < bytes; ++i) {
         if (data_[start + i] != char(kUnwritten)) {
@@ -161,19 +173,22 @@ void Shared::land(uint32_t address, void const* from, uint32_t bytes, int thread
     }
     std::memcpy(data_ + start, from, bytes);
     std::memcpy(&known_[start], from, bytes);
-    ++clock_;
     for (uint32_t a = address; a < address + bytes; a += kChunk) {
         Chunk& c = chunk(a);
         --c.copies;
-        c.written = generic ? clock_ : 0, c.writer = thread;
+        c.written = done, c.generic = generic;
     }
 }
 
-void Shared::reserve(uint32_t address, int thread) {
+void Shared::reserve(uint32_t address, Clock const& by, Stamp done) {
     at(address, 8, 8, "init_barrier");
     Chunk& c = chunk(address);
-    if (c.readers || c.copies) fail("init_barrier: byte %u is read or written by others", address - kSharedBase);
-    c.barrier = true, c.written = ++clock_, c.writer = thread;
+    check_written(address, by, true, "init_barrier");
+    c.barrier = true, c.generic = true, c.written = done;
+}
+
+void Shared::check_barrier(uint32_t address, Clock const& by, bool generic, char const* what) const {
+    check_written(address, by, generic, what);
 }
 
 }  // namespace hopper
