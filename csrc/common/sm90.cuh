@@ -113,12 +113,14 @@ __device__ inline void sync_cluster() {
             : "memory");
 }
 
-// Arrives at the barrier that lies at the same place in block `rank` of the cluster, which may be this one.
+// Arrives at the barrier that lies at the same place in block `rank` of the cluster, which may be this one. It says that
+// something was read. It hands nothing on that was written: release at the scope of the cluster would wait for every
+// store of the thread to reach global memory.
 __device__ inline void arrive_remote(uint32_t barrier, int rank) {
     asm volatile(
         "{ .reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
+        "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
         "r"(rank)
         : "memory");
 }

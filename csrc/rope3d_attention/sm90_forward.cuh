@@ -121,6 +121,7 @@ __device__ void attend(HopperParams const& p, Shared<S> const& shared, int consu
         sm90::wait_for_products<1>();  // the scores
         sm90::settle(scores);
         shared.release(shared.keys_empty(keys.stage), lane);
+        __syncwarp();  // or the assembler puts the arrival off until all exponentials are there
         keys.advance();
         online.take(scores, scale, correction);
         sm90::compute_now(online.total[0] + online.total[1]);  // while the values' product is under way
@@ -217,6 +218,7 @@ __device__ void consume(HopperParams const& p, Shared<S> const& shared, int cons
 template <class T, class S>
 __device__ void produce(HopperParams const& p, Maps const& maps, Shared<S> const& shared, uint32_t items) {
     int const lane = threadIdx.x % 32;
+    if (lane == 0) sm90::prefetch_map(maps.q), sm90::prefetch_map(maps.k), sm90::prefetch_map(maps.v);
     Progress progress;
     for (uint32_t index = blockIdx.x / S::kCluster; index < items; index += gridDim.x / S::kCluster) {
         Item const item = item_of(p, index, S::kCluster);

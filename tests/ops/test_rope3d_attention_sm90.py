@@ -5,6 +5,7 @@ import itertools
 import re
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -67,8 +68,8 @@ def impl():
 class Emulator:
     """What ``_C`` has of the Hopper kernels, on the emulated machine."""
 
-    def __init__(self) -> None:
-        self._kernels = hopper.build(DRIVER)
+    def __init__(self, headers: Path = ROOT / "csrc") -> None:
+        self._kernels = hopper.build(DRIVER, headers)
         self.seed = 0
         self.processors = 3
 
