@@ -14,6 +14,8 @@ struct alignas(16) Sixteen {
     uint32_t words[4];
 };
 
+#ifdef HUNYUAN_SM90A
+
 // Eight values of a row, or the place for them.
 template <class T>
 __device__ T* chunk_of(Rows const& rows, int64_t batch, int64_t row, int64_t head, int chunk) {
@@ -103,8 +105,11 @@ __device__ void write_edges(char* edge, BackwardParams const& p, EdgePlace<Featu
     write_tile<T, Features>(edge + Tile::kEdgeValuesAt, p.v, batch, head, key, kBackwardKeys, valid);
 }
 
+#endif  // HUNYUAN_SM90A
+
 template <class T, int Features>
 __global__ void __launch_bounds__(kEdgeThreads) prepare_kernel(__grid_constant__ BackwardParams const p) {
+#ifdef HUNYUAN_SM90A
     using Tile = BackwardTile<Features>;
     constexpr int kChunks = Features / sm90::kChunkElements;
     int const thread = threadIdx.x;
@@ -137,6 +142,9 @@ __global__ void __launch_bounds__(kEdgeThreads) prepare_kernel(__grid_constant__
     if (place.tile == 0) {
         write_edges<T, Features>(space + w.edges + place.sequence * Tile::kEdgeBytes, p, place);
     }
+#else
+    __trap();
+#endif
 }
 
 // Columns of shared memory between rows of a tile of dq: threads that write together find different banks.
@@ -146,6 +154,7 @@ constexpr int kFinishColumns = Features + 4;
 // dq from the order of its sums to rows, rounded.
 template <class T, int Features>
 __global__ void __launch_bounds__(kEdgeThreads) finish_kernel(__grid_constant__ BackwardParams const p) {
+#ifdef HUNYUAN_SM90A
     using Tile = BackwardTile<Features>;
     static_assert(kEdgeThreads == kBackwardConsumers * sm90::kWarpgroup);
     constexpr int kColumns = kFinishColumns<Features>, kChunks = Features / sm90::kChunkElements;
@@ -176,6 +185,9 @@ __global__ void __launch_bounds__(kEdgeThreads) finish_kernel(__grid_constant__ 
         for (int j = 0; j < 4; ++j) rounded.words[j] = sm90::pack<T>(eight[2 * j], eight[2 * j + 1]);
         *reinterpret_cast<Sixteen*>(chunk_of<T>(p.dq, place.batch, place.first + row, place.head, chunk)) = rounded;
     }
+#else
+    __trap();
+#endif
 }
 
 }  // namespace hunyuan_fast::rope3d_attention
