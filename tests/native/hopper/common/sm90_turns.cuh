@@ -12,6 +12,9 @@ inline void wait_for_turn(int const* turn, int value) {
     if (*turn != value) hopper::fail("waits for turn %d, and it is that of %d", value, *turn);
 }
 
-inline void pass_turn(int* turn, int next) { *turn = next; }
+inline void pass_turn(int* turn, int next) {
+    hopper::demand_stores("pass_turn");
+    *turn = next;
+}
 
 }  // namespace hunyuan_fast::sm90
