@@ -54,8 +54,8 @@ struct BackwardBlock {
     __device__ uint32_t stage_free(int stage) const { return barrier(5 + stage); }
     __device__ uint32_t scores_full(int stage) const { return barrier(7 + stage); }
     __device__ uint32_t scores_free(int stage) const { return barrier(9 + stage); }
-    __device__ uint32_t sums_full(int consumer) const { return barrier(11 + consumer); }
-    __device__ uint32_t sums_free(int consumer) const { return barrier(13 + consumer); }
+    __device__ uint32_t sums_full(int stage, int consumer) const { return barrier(11 + 2 * stage + consumer); }
+    __device__ uint32_t sums_free(int consumer) const { return barrier(15 + consumer); }
 
     __device__ void init_barriers() const {
         constexpr int kWarps = kBackwardConsumers * 4;  // a lane of each arrives
@@ -68,7 +68,7 @@ struct BackwardBlock {
             sm90::init_barrier(scores_free(stage), kWarps);
         }
         for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) {
-            sm90::init_barrier(sums_full(consumer), 4);
+            for (int stage = 0; stage < kBackwardStages; ++stage) sm90::init_barrier(sums_full(stage, consumer), 4);
             sm90::init_barrier(sums_free(consumer), 1);
         }
         sm90::fence_async_proxy();
@@ -123,25 +123,30 @@ struct BackwardLoader {
     }
 };
 
-// One thread for each consumer adds the block's share of dq to the sums in global memory, when it is its turn.
+// Buffers of step `tile`, and which time round it is.
+__device__ inline int stage_of(int tile) { return tile & 1; }
+__device__ inline uint32_t phase_of(int tile) { return tile >> 1 & 1; }
+
+// A thread adds the block's share of every second tile of dq to the sums in global memory, when it is its turn. Another
+// one has the tiles between, so that nobody's share waits until the one before has arrived.
 template <int Features>
-__device__ void add_sums(BackwardBlock<Features> const& block, int consumer, float* sums, int* turns) {
+__device__ void add_shares(BackwardBlock<Features> const& block, int first, float* sums, int* turns) {
     using Tile = BackwardTile<Features>;
-    sums += consumer * Tile::kHalfSums;
-    turns += consumer;
-    uint32_t phase = 0;
     int const tiles = block.query_tiles();
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-        sm90::wait_for_turn(turns, block.key_tile);
-        sm90::wait(block.sums_full(consumer), phase);
-        sm90::reduce_add(sums, block.sums(consumer), Tile::kHalfSums * 4);
-        sm90::commit_stores();
-        sm90::wait_for_store_reads<0>();
-        sm90::arrive(block.sums_free(consumer));
+    for (int tile = first; tile < tiles; tile += 2) {
+        sm90::wait_for_turn(turns + tile, block.key_tile);
+#pragma unroll 1
+        for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) {
+            sm90::wait(block.sums_full(stage_of(tile), consumer), phase_of(tile));
+            sm90::reduce_add(sums + int64_t(tile) * Tile::kSums + consumer * Tile::kHalfSums, block.sums(consumer),
+                             Tile::kHalfSums * 4);
+            sm90::commit_stores();
+            sm90::wait_for_store_reads<0>();
+            sm90::arrive(block.sums_free(consumer));
+        }
         sm90::wait_for_stores<0>();
-        sm90::pass_turn(turns, block.key_tile + 1);
-        sums += Tile::kSums, turns += kBackwardConsumers, phase ^= 1;
+        sm90::pass_turn(turns + tile, block.key_tile + 1);
     }
 }
 
@@ -160,10 +165,6 @@ struct BackwardConsumer {
     int const warp = thread / 32;
     int const lane = thread % 32;
     int const keys = block.valid - block.first_key() - consumer * sm90::kBlockRows;  // of its 64 at least
-
-    // Buffers of step `tile`, and which time round it is. dS begins one step earlier, with zeros.
-    __device__ static int stage_of(int tile) { return tile & 1; }
-    __device__ static int phase_of(int tile) { return tile >> 1 & 1; }
 
     __device__ void arrive(uint32_t barrier) const {
         __syncwarp();
@@ -272,7 +273,7 @@ struct BackwardConsumer {
                 make_float4(four[0], four[1], four[2], four[3]);
         }
         sm90::fence_async_proxy();
-        arrive(block.sums_full(consumer));
+        arrive(block.sums_full(stage_of(tile), consumer));
     }
 
     // Rows of dk or dv leave by those of this warp in the tile of values.
@@ -406,10 +407,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
         if (threadIdx.x % 32 != 0) return;
         if (warp == 0) {
             BackwardLoader<Features>{block, p, maps, space + w.edges + block.sequence * Tile::kEdgeBytes}.run(space, w);
-        } else if (warp <= kBackwardConsumers) {
+        } else if (warp <= 2) {
             int64_t const tile = block.sequence * ceil_div(p.L, Tile::kQueries);
-            add_sums(block, warp - 1, reinterpret_cast<float*>(space + w.sums) + tile * Tile::kSums,
-                     reinterpret_cast<int*>(space + w.turns) + tile * kBackwardConsumers);
+            add_shares(block, warp - 1, reinterpret_cast<float*>(space + w.sums) + tile * Tile::kSums,
+                       reinterpret_cast<int*>(space + w.turns) + tile);
         }
     } else {
         sm90::take_registers<kBackwardConsumerRegisters>();

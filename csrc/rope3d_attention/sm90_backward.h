@@ -65,7 +65,7 @@ struct BackwardTile {
     static constexpr int kLseAt = kSumsAt + kSums * 4;
     static constexpr int kDeltaAt = kLseAt + kBackwardStages * kRowNumbers;
     static constexpr int kBarriersAt = kDeltaAt + kBackwardStages * kRowNumbers;
-    static constexpr int kBarriers = 16;                           // 15 of them, up to a multiple of 16 bytes
+    static constexpr int kBarriers = 18;                           // 17 of them, up to a multiple of 16 bytes
     static constexpr int kTicketAt = kBarriersAt + kBarriers * 8;
     static constexpr int kBytes = kTicketAt + 16;
     static constexpr int kAllocated = kBytes + sm90::kAtomBytes;   // to begin at a multiple of an atom
@@ -85,7 +85,7 @@ struct BackwardWorkspace {
     int64_t delta;   // the same shape
     int64_t sums;    // (sequences, query tiles, sums of dq in the order of backward_sum)
     int64_t edges;   // (sequences, edge bytes)
-    int64_t turns;   // (sequences, query tiles, consumers): the key tile whose share of dq is next
+    int64_t turns;   // (sequences, query tiles): the key tile whose share of dq is next
     int64_t ticket;  // blocks that have started
     int64_t bytes;
 };
@@ -100,7 +100,7 @@ HUNYUAN_HOST_DEVICE constexpr BackwardWorkspace backward_workspace(int64_t seque
     w.sums = w.delta + tiles * Tile::kRowNumbers;
     w.edges = w.sums + tiles * Tile::kSums * 4;
     w.turns = w.edges + sequences * Tile::kEdgeBytes;
-    w.ticket = w.turns + tiles * kBackwardConsumers * 4;
+    w.ticket = w.turns + (tiles + 3) / 4 * 16;
     w.bytes = w.ticket + 16;
     return w;
 }
@@ -133,10 +133,11 @@ HUNYUAN_HOST_DEVICE constexpr BackwardWork backward_work(int ticket, int sequenc
     return {first + place % here, place / here};
 }
 
-// Blocks of a sequence follow each other through its query tiles at a distance of some steps. Of all blocks that run at
-// a time the last should not be a whole round behind the first; beyond that, the fewer sequences, the more blocks read
-// the same queries at about the same time.
-constexpr int kBackwardLag = 4;
+// Blocks of a sequence follow each other through its query tiles, some steps apart. The distance of the first from the
+// last of all blocks that run at a time is to be small beside a round: it is lost where the work ends, and where a
+// block is late those behind it wait. The more sequences, the smaller it is, and the more comes from memory, of which
+// there is little need (a block takes 40 KB a step, and with eight sequences a sixteenth of it from memory).
+constexpr int kBackwardLag = 16;
 constexpr int backward_width(int processors, int query_tiles, int sequences) {
     int const width = ceil_div(processors * kBackwardLag, query_tiles > 0 ? query_tiles : 1);
     return width < sequences ? width : sequences;

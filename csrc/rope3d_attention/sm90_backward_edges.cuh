@@ -135,8 +135,7 @@ __global__ void __launch_bounds__(kEdgeThreads) prepare_kernel(__grid_constant__
     if (place.first < place.valid) {
         auto* const sums = reinterpret_cast<Sixteen*>(space + w.sums) + at * (Tile::kSums / 4);
         for (int i = thread; i < Tile::kSums / 4; i += kEdgeThreads) sums[i] = Sixteen{};
-        auto* const turns = reinterpret_cast<int*>(space + w.turns) + at * kBackwardConsumers;
-        if (thread < kBackwardConsumers) turns[thread] = 0;
+        if (thread == 0) reinterpret_cast<int*>(space + w.turns)[at] = 0;
     }
     if (thread == 0 && at == 0) *reinterpret_cast<int*>(space + w.ticket) = 0;
     if (place.tile == 0) {

@@ -81,7 +81,7 @@ FAULTS = {
         "int(blockIdx.x)",
     ),
     "keys in another order": (LAYOUT, "place / here}", "key_tiles - 1 - place / here}"),
-    "turns of the step before": (KERNEL, "turns += kBackwardConsumers,", "turns += 1,"),
+    "turns of another step": (KERNEL, "wait_for_turn(turns + tile,", "wait_for_turn(turns,"),
     "dq of the last step is kept": (KERNEL, "hand_over(dq, tiles - 1);", ""),
     "all keys of dk by one consumer": (
         KERNEL,
