@@ -1,11 +1,32 @@
+// The gradients of attention on Hopper. A block has 128 keys of one head, 64 for each of two consumer warpgroups, and
+// goes through all queries, 80 at a time (128 where a row has 64 features). dk and dv stay in registers:
+//
+//     S^T = k q^T, dP^T = v dout^T       dv += P^T dout, dk += dS^T q       dq^T = k^T dS^T
+//
+// P^T and dS^T are sums of the first two products and operands in registers of the next two; only dS goes through
+// shared memory, for dq needs it of both consumers. A consumer multiplies dS of the step before, which the other one
+// has long written, so that neither waits for the other: while one of them exponentiates, the tensor cores have the
+// other's products.
+//
+// dq is a sum over all blocks of a head. Shares could go to memory by atomics, in any order, or a second kernel could
+// make dq alone: 7 products instead of 5 per score. Here shares are added up in the second-level cache by the copy
+// engine, in the order of the keys, which makes them the same bits always. 4 bytes for each query, feature and 128
+// keys: at 119,056 tokens 57 GB for a head, and at 600 TFLOP/s 1.9 TB/s, beside as much again of q and dout. The order
+// costs next to nothing: a tile of dq has a counter, the turn, and a block goes through the queries some steps behind
+// the block of the keys before. Once this distance is there nobody waits, and a block that begins where another one
+// has ended finds it.
+//
+// By arithmetic alone a step of 128 x 80 scores and 128 features takes 3200 clocks of the tensor cores, 640 of the
+// exponentials' unit, and moves 436 KB through shared memory, 3488 clocks at 128 bytes: 144 KB for S and dP, 80 KB for
+// dk and dv, 72 KB for dq, 20 KB of dS written, 80 KB of dq through its buffer, 40 KB of q and dout. More queries or
+// keys to a step would move less, but there are no registers for them: 128 of a consumer's 240 are dk and dv, 80 P and
+// dP, or dq and operands.
 #pragma once
 
 #include "common/sm90_launch.cuh"
 #include "common/sm90_products.cuh"
-#include "common/sm90_tensor_copy.cuh"
-#include "common/sm90_turns.cuh"
-#include "rope3d_attention/sm90_backward.h"
 #include "rope3d_attention/sm90_backward_edges.cuh"
+#include "rope3d_attention/sm90_backward_movers.cuh"
 
 namespace hunyuan_fast::rope3d_attention {
 
@@ -13,142 +34,7 @@ namespace hunyuan_fast::rope3d_attention {
 constexpr int kBackwardProducerRegisters = 24;
 constexpr int kBackwardConsumerRegisters = 240;
 
-struct BackwardMaps {
-    sm90::TensorMap q, k, v, dout;
-};
-
 #ifdef HUNYUAN_SM90A
-
-// Addresses in shared memory, and what a block does.
-template <int Features>
-struct BackwardBlock {
-    using Tile = BackwardTile<Features>;
-
-    uint32_t base;
-    char* memory;    // the same place
-    int batch;
-    int head;
-    int key_tile;
-    int valid;       // rows of the sample
-    int64_t sequence;
-
-    __device__ int first_key() const { return key_tile * kBackwardKeys; }
-    __device__ int query_tiles() const { return ceil_div(valid, Tile::kQueries); }
-
-    __device__ uint32_t keys() const { return base + Tile::kKeysAt; }
-    __device__ uint32_t values() const { return base + Tile::kValuesAt; }
-    __device__ uint32_t queries(int stage) const { return base + Tile::kQueriesAt + stage * Tile::kQueryBytes; }
-    __device__ uint32_t dout(int stage) const { return base + Tile::kDoutAt + stage * Tile::kQueryBytes; }
-    // dS, of the keys of one consumer
-    __device__ uint32_t scores(int stage, int consumer) const {
-        return base + Tile::kScoresAt + stage * Tile::kScoreBytes + consumer * Tile::kQueryBlock;
-    }
-    __device__ uint32_t sums(int consumer) const { return base + Tile::kSumsAt + consumer * Tile::kHalfSums * 4; }
-    __device__ uint32_t lse(int stage) const { return base + Tile::kLseAt + stage * Tile::kRowNumbers; }
-    __device__ uint32_t delta(int stage) const { return base + Tile::kDeltaAt + stage * Tile::kRowNumbers; }
-
-    __device__ uint32_t barrier(int index) const { return base + Tile::kBarriersAt + index * 8; }
-    __device__ uint32_t keys_full() const { return barrier(0); }
-    __device__ uint32_t queries_full(int stage) const { return barrier(1 + stage); }
-    __device__ uint32_t dout_full(int stage) const { return barrier(3 + stage); }
-    __device__ uint32_t stage_free(int stage) const { return barrier(5 + stage); }
-    __device__ uint32_t scores_full(int stage) const { return barrier(7 + stage); }
-    __device__ uint32_t scores_free(int stage) const { return barrier(9 + stage); }
-    __device__ uint32_t sums_full(int stage, int consumer) const { return barrier(11 + 2 * stage + consumer); }
-    __device__ uint32_t sums_free(int consumer) const { return barrier(15 + consumer); }
-
-    __device__ void init_barriers() const {
-        constexpr int kWarps = kBackwardConsumers * 4;  // a lane of each arrives
-        sm90::init_barrier(keys_full(), 1);
-        for (int stage = 0; stage < kBackwardStages; ++stage) {
-            sm90::init_barrier(queries_full(stage), 1);
-            sm90::init_barrier(dout_full(stage), 1);
-            sm90::init_barrier(stage_free(stage), kWarps);
-            sm90::init_barrier(scores_full(stage), kWarps);
-            sm90::init_barrier(scores_free(stage), kWarps);
-        }
-        for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) {
-            for (int stage = 0; stage < kBackwardStages; ++stage) sm90::init_barrier(sums_full(stage, consumer), 4);
-            sm90::init_barrier(sums_free(consumer), 1);
-        }
-        sm90::fence_async_proxy();
-    }
-};
-
-// One thread brings everything: keys and values once, then query tile after query tile.
-template <int Features>
-struct BackwardLoader {
-    using Tile = BackwardTile<Features>;
-    BackwardBlock<Features> const& block;
-    BackwardParams const& p;
-    BackwardMaps const& maps;
-    char const* edge;
-
-    // A tile of `rows` rows, from the tensor or, the last one, from its copy that ends in zeros.
-    __device__ void load(uint32_t to, sm90::TensorMap const& map, int first, int rows, int edge_at,
-                         uint32_t barrier) const {
-        uint32_t const block_bytes = rows * sm90::kRowBytes;
-        if (first + rows > block.valid) {
-            sm90::copy_bulk(to, edge + edge_at, Tile::kBlocks * block_bytes, barrier);
-            return;
-        }
-#pragma unroll
-        for (int i = 0; i < Tile::kBlocks; ++i) {
-            sm90::copy_tensor(to + i * block_bytes, map, i * sm90::kRowElements, first, block.head, block.batch,
-                              barrier);
-        }
-    }
-
-    __device__ void run(char const* space, BackwardWorkspace const& w) const {
-        sm90::arrive_expecting(block.keys_full(), 2 * Tile::kKeyBytes);
-        load(block.keys(), maps.k, block.first_key(), kBackwardKeys, Tile::kEdgeKeysAt, block.keys_full());
-        load(block.values(), maps.v, block.first_key(), kBackwardKeys, Tile::kEdgeValuesAt, block.keys_full());
-        int64_t const numbers = block.sequence * ceil_div(p.L, Tile::kQueries) * Tile::kRowNumbers;
-        char const *lse = space + w.lse + numbers, *delta = space + w.delta + numbers;
-        sm90::Ring<kBackwardStages> ring;
-        int const rows = block.query_tiles() * Tile::kQueries;
-#pragma unroll 1
-        for (int first = 0; first < rows; first += Tile::kQueries) {
-            uint32_t const queries = block.queries_full(ring.stage), dout = block.dout_full(ring.stage);
-            sm90::wait(block.stage_free(ring.stage), ring.phase ^ 1);
-            sm90::arrive_expecting(queries, Tile::kQueryBytes + Tile::kRowNumbers);
-            load(block.queries(ring.stage), maps.q, first, Tile::kQueries, Tile::kEdgeQueriesAt, queries);
-            sm90::copy_bulk(block.lse(ring.stage), lse, Tile::kRowNumbers, queries);
-            sm90::arrive_expecting(dout, Tile::kQueryBytes + Tile::kRowNumbers);
-            load(block.dout(ring.stage), maps.dout, first, Tile::kQueries, Tile::kEdgeDoutAt, dout);
-            sm90::copy_bulk(block.delta(ring.stage), delta, Tile::kRowNumbers, dout);
-            lse += Tile::kRowNumbers, delta += Tile::kRowNumbers;
-            ring.advance();
-        }
-    }
-};
-
-// Buffers of step `tile`, and which time round it is.
-__device__ inline int stage_of(int tile) { return tile & 1; }
-__device__ inline uint32_t phase_of(int tile) { return tile >> 1 & 1; }
-
-// A thread adds the block's share of every second tile of dq to the sums in global memory, when it is its turn. Another
-// one has the tiles between, so that nobody's share waits until the one before has arrived.
-template <int Features>
-__device__ void add_shares(BackwardBlock<Features> const& block, int first, float* sums, int* turns) {
-    using Tile = BackwardTile<Features>;
-    int const tiles = block.query_tiles();
-#pragma unroll 1
-    for (int tile = first; tile < tiles; tile += 2) {
-        sm90::wait_for_turn(turns + tile, block.key_tile);
-#pragma unroll 1
-        for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) {
-            sm90::wait(block.sums_full(stage_of(tile), consumer), phase_of(tile));
-            sm90::reduce_add(sums + int64_t(tile) * Tile::kSums + consumer * Tile::kHalfSums, block.sums(consumer),
-                             Tile::kHalfSums * 4);
-            sm90::commit_stores();
-            sm90::wait_for_store_reads<0>();
-            sm90::arrive(block.sums_free(consumer));
-        }
-        sm90::wait_for_stores<0>();
-        sm90::pass_turn(turns + tile, block.key_tile + 1);
-    }
-}
 
 // 64 keys of the block: their gradients stay in registers.
 template <class T, int Features>
@@ -156,7 +42,8 @@ struct BackwardConsumer {
     using Tile = BackwardTile<Features>;
     static constexpr int kQueries = Tile::kQueries;
     static constexpr int kFragments = kQueries / sm90::kDepth;
-    static constexpr bool kBeside = Features == 128;  // exponentials beside products of dP: 64 x 128 tiles lack registers
+    // Exponentials are made beside the products of dP. 64 x 128 scores are too many for the registers that this takes.
+    static constexpr bool kBeside = Features == 128;
 
     BackwardBlock<Features> const& block;
     BackwardParams const& p;
@@ -217,7 +104,8 @@ struct BackwardConsumer {
 
     // Two neighbouring numbers of queries, for sums 4 j to 4 j + 3.
     __device__ float2 numbers(int at, int stage, int j) const {
-        return *reinterpret_cast<float2 const*>(block.memory + at + stage * Tile::kRowNumbers + 32 * j + 8 * (lane % 4));
+        char const* const row = block.memory + at + stage * Tile::kRowNumbers;
+        return *reinterpret_cast<float2 const*>(row + 32 * j + 8 * (lane % 4));
     }
 
     // P from scores.
@@ -226,7 +114,9 @@ struct BackwardConsumer {
         for (int j = 0; j < kQueries / 8; ++j) {
             float2 const lse = numbers(Tile::kLseAt, stage, j);
 #pragma unroll
-            for (int i = 4 * j; i < 4 * j + 4; ++i) s[i] = sm90::exp2_approx(fmaf(s[i], p.score_scale, i % 2 ? -lse.y : -lse.x));
+            for (int i = 4 * j; i < 4 * j + 4; ++i) {
+                s[i] = sm90::exp2_approx(fmaf(s[i], p.score_scale, i % 2 ? -lse.y : -lse.x));
+            }
         }
     }
 
@@ -285,7 +175,9 @@ struct BackwardConsumer {
         for (int k = 0; k < Features / sm90::kDepth; ++k) {
             uint32_t four[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) four[i] = sm90::pack<T>(scale * sums[8 * k + 2 * i], scale * sums[8 * k + 2 * i + 1]);
+            for (int i = 0; i < 4; ++i) {
+                four[i] = sm90::pack<T>(scale * sums[8 * k + 2 * i], scale * sums[8 * k + 2 * i + 1]);
+            }
             int const row = own + lane / 8 % 2 * 8 + lane % 8, chunk = 2 * k + lane / 16;
             sm90::store_matrix(block.values() + chunk / sm90::kRowChunks * Tile::kKeyBlock +
                                    sm90::chunk_offset(row, chunk % sm90::kRowChunks), four);
@@ -312,7 +204,7 @@ struct BackwardConsumer {
         multiply_rows(s, block.keys(), block.queries(stage_of(tile)));
     }
 
-    // With scores begun, dP and them, or already P.
+    // With the scores begun: dP, and them or what becomes of them.
     __device__ void finish_scores(Scores& s, Scores& dp, int tile) const {
         sm90::wait(block.dout_full(stage_of(tile)), phase_of(tile));
         multiply_rows(dp, block.values(), block.dout(stage_of(tile)));
@@ -443,7 +335,8 @@ void run_backward_of(BackwardParams const& p, void* stream) {
     int const width = backward_width(sm90::processors(), query_tiles, sequences);
     dim3 const each_tile(query_tiles * sequences);
     sm90::launch(prepare_kernel<T, Features>, each_tile, kEdgeThreads, 0, stream, p);
-    sm90::launch(backward_kernel<T, Features>, dim3(blocks), kBackwardThreads, Tile::kAllocated, stream, p, maps, width);
+    sm90::launch(backward_kernel<T, Features>, dim3(blocks), kBackwardThreads, Tile::kAllocated, stream, p, maps,
+                 width);
     sm90::launch(finish_kernel<T, Features>, each_tile, kEdgeThreads, kRows * kFinishColumns<Features> * 4, stream, p);
 }
 

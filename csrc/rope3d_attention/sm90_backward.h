@@ -120,8 +120,8 @@ HUNYUAN_HOST_DEVICE constexpr int backward_sum_query(int consumer, int quad, int
            sm90::accumulator_column(thread, 4 * quad + e);
 }
 
-// Which keys of which sequence a block takes, by its ticket: `width` sequences side by side, first the first keys of all
-// of them, then the second ones.
+// Which keys of which sequence a block takes, by its ticket: `width` sequences side by side, the first keys of all of
+// them, then the second ones, and so on.
 struct BackwardWork {
     int sequence;
     int key_tile;

@@ -29,8 +29,8 @@ char const* attention_backward_workspace(int64_t const* sizes, int64_t* bytes) {
 
 // Null, or what went wrong. numbers: B, L, N, D, whether fp16, words from length to length, then the strides of b, l
 // and n of q, k, v, out, dout, dq, dk and dv.
-char const* attention_backward(void* q, void* k, void* v, void* out, void* dout, void* dq, void* dk, void* dv, void* lse,
-                               void* lengths, void* workspace, double scale, int64_t const* numbers) {
+char const* attention_backward(void* q, void* k, void* v, void* out, void* dout, void* dq, void* dk, void* dv,
+                               void* lse, void* lengths, void* workspace, double scale, int64_t const* numbers) {
     BackwardParams p = params_of(numbers);
     p.scale = float(scale), p.score_scale = float(scale * double(kLog2E));
     p.lengths = {static_cast<int32_t const*>(lengths), numbers[5]};

@@ -29,8 +29,8 @@ from tests.kit.numerics import assert_as_good_as, assert_equal
 ROOM = "rope3d_attention"
 DRIVER = ROOT / "tests/native/hopper_attention_backward.cpp"
 SOURCES = sorted((ROOT / "csrc/rope3d_attention").glob("sm90_backward_*.cu"))
-# Registers of a consumer: kBackwardConsumerRegisters in sm90_backward.cuh.
-MOST_REGISTERS = 240
+# Registers of a consumer and of the others: as given in sm90_backward.cuh.
+MOST_REGISTERS, FEW_REGISTERS = 240, 24
 
 # length, then lengths: tiles hold 128 keys, and 80 or 128 queries.
 CASES = {
@@ -40,7 +40,7 @@ CASES = {
     "past a tile": (129, [129, 81]),
     "none": (40, [0]),
     "every kind": (300, [0, 1, 300, 137]),
-    "many tiles": (641, [641, 640]),
+    "many tiles": (545, [545, 512]),
 }
 
 each_dtype = pytest.mark.parametrize(
@@ -277,9 +277,9 @@ def test_a_nan_stays_in_its_sample_and_head(impl, emulated, generator):
 @needs_compiler
 def test_blocks_take_every_tile_of_keys_once_and_in_order(generator, impl, emulated):
     """However many sequences go side by side: with one processor one, with 200 all."""
-    call = Call(generator, 400, [400, 385, 0], 64, heads=3)
+    call = Call(generator, 260, [260, 257, 0], 64, heads=3)
     results = []
-    for emulated.processors in (1, 3, 200):
+    for emulated.processors in (1, 3, 20):
         results.append(impl.backward(*call.arguments()))
     for several, first in itertools.product(results[1:], results[:1]):
         for result, wanted in zip(several, first, strict=True):
@@ -336,6 +336,8 @@ def test_the_machine_code_is_what_was_meant(source):
             assert code.count(once) == 1, once
         assert not re.search(r"\b(LDL|STL|HMMA)\b", code)
         assert max(map(int, re.findall(r"\bR(\d+)\b", code))) < MOST_REGISTERS
+        others = code[code.index("USETMAXREG.DEALLOC") : code.rindex("EXIT")]
+        assert max(map(int, re.findall(r"\bR(\d+)\b", others))) < FEW_REGISTERS
     for name, code in machine_code(source, "80").items():
         if "backward_kern" in name:
             assert "HMMA" not in code and "BPT.TRAP" in code

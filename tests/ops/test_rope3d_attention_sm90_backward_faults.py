@@ -12,12 +12,13 @@ from tests.ops.test_rope3d_attention_sm90_backward import Call, Emulator
 
 ROOM = "rope3d_attention"
 KERNEL, LAYOUT = f"{ROOM}/sm90_backward.cuh", f"{ROOM}/sm90_backward.h"
+MOVERS = f"{ROOM}/sm90_backward_movers.cuh"
 EDGES = f"{ROOM}/sm90_backward_edges.cuh"
 EVERY_SHAPE = "p.D == 64 ? run_backward_of<T, 64>(p, stream) : run_backward_of<T, 128>(p, stream);"
 ONE_SHAPE = "run_backward_of<__nv_bfloat16, 128>(p, stream);"
 # name: file, what stands there, what stands there instead
 FAULTS = {
-    "padding is read": (KERNEL, "if (first + rows > block.valid) {", "if (false) {"),
+    "padding is read": (MOVERS, "if (first + rows > block.valid) {", "if (false) {"),
     "edges are not swizzled": (
         EDGES,
         "sm90::chunk_offset(row, chunk % sm90::kRowChunks)",
@@ -74,14 +75,14 @@ FAULTS = {
         "sm90::wait(block.sums_free(consumer), tile % 2 ^ 1);",
         "",
     ),
-    "the next one's turn too early": (KERNEL, "sm90::wait_for_stores<0>();\n", ""),
+    "the next one's turn too early": (MOVERS, "sm90::wait_for_stores<0>();\n", ""),
     "blocks by their index": (
         KERNEL,
         "sm90::take_ticket(reinterpret_cast<int*>(space + w.ticket))",
         "int(blockIdx.x)",
     ),
     "keys in another order": (LAYOUT, "place / here}", "key_tiles - 1 - place / here}"),
-    "turns of another step": (KERNEL, "wait_for_turn(turns + tile,", "wait_for_turn(turns,"),
+    "turns of another step": (MOVERS, "wait_for_turn(turns + tile,", "wait_for_turn(turns,"),
     "dq of the last step is kept": (KERNEL, "hand_over(dq, tiles - 1);", ""),
     "all keys of dk by one consumer": (
         KERNEL,
