@@ -113,9 +113,11 @@ __device__ void attend(HopperParams const& p, Shared<S> const& shared, int consu
 #pragma unroll 1
     for (int step = 1; step < tiles; ++step) {
         sm90::wait(shared.keys_full(keys.stage), keys.phase);
+        __syncwarp();
         begin_turn(consumer);
         multiply_keys<T, S>(scores, queries, shared.keys(keys.stage));
         sm90::wait(shared.values_full(values.stage), values.phase);
+        __syncwarp();
         multiply_values<T, S>(sums, probabilities, shared.values(values.stage));
         pass_turn(consumer);
         sm90::wait_for_products<1>();  // the scores

@@ -8,9 +8,6 @@
 namespace hopper {
 namespace {
 
-// 128-byte swizzling: bits 4 to 6 of an address are combined with bits 7 to 9.
-uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
-
 uint32_t box_bytes(Box const& map) {
     return uint32_t(map.box[0]) * map.box[1] * map.box[2] * map.box[3] * map.width;
 }
@@ -74,6 +71,7 @@ void land_chunks(Copy const& copy) {
 
 void land(Copy const& copy) {
     InBlock const there(*copy.block);
+    block().visits.push_back(phase_of(copy.barrier));
     if (copy.kind == Copy::chunks) return land_chunks(copy);
     if (copy.kind == Copy::box) {
         land_box(copy);
