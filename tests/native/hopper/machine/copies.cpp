@@ -260,6 +260,10 @@ void wait_for_stores(int pending, bool reads_only) {
     while (!reads_only && int(groups.size()) > pending) groups.pop_front();
 }
 
+void demand_stores(char const* what) {
+    if (!self().stores.empty() || !self().open.empty()) fail("%s: stores of this thread are not known to be done", what);
+}
+
 bool do_some_store() {
     auto& stores = machine.stores;
     if (stores.empty()) return false;
