@@ -162,6 +162,7 @@ __device__ inline void attend(HopperParams const& p, Shared const& shared, Item 
     for (int step = 1; step < tiles; ++step) {
         scale = q_scale * k_scale[tile_of(step, tiles)];
         sm90::wait(shared.keys_full(keys.stage), keys.phase);
+        __syncwarp();
         begin_turn(consumer);
         multiply_keys(scores, queries, shared.keys(keys.stage));
         sm90::wait(shared.values_full(values.stage), values.phase);
@@ -243,6 +244,7 @@ __device__ void consume(HopperParams const& p, Shared const& shared, int consume
         if (item.first_row < valid) attend(p, shared, item, consumer, valid, sums, online, progress);
         send_rows<T>(p, item, consumer, valid, sums, online);
     }
+    __syncwarp();
     if (consumer == 0) begin_turn(consumer);  // the last one is passed to nobody else
 }
 

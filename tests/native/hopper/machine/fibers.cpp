@@ -169,7 +169,18 @@ std::string who_waits() {
     return report;
 }
 
+// No kernel that is known to work leaves copies behind which the thread itself has begun: what becomes of them then is
+// written nowhere.
+void check_no_chunks(Fiber const& fiber) {
+    bool left = !fiber.chunks.empty();
+    for (auto const& copy : machine.copies) {
+        left = left || (copy.kind == Copy::chunks && copy.block == fiber.block && copy.thread == fiber.number);
+    }
+    if (left) fail("thread %d leaves the kernel while its copy_chunk is under way", fiber.number);
+}
+
 void end_thread(Fiber& fiber) {
+    check_no_chunks(fiber);
     --fiber.block->unfinished;
     leave_cluster_barrier();
     if (fiber.block->unfinished > 0) return;
