@@ -102,6 +102,11 @@ def test_sums_are_right_at_every_timing(kernels: hopper.Kernels, form: int) -> N
         torch.testing.assert_close(sums.double(), truth, rtol=0, atol=1e-4)
 
 
+def test_bulk_sums_flush_what_is_too_small(kernels: hopper.Kernels) -> None:
+    a, b = draw(0, 64, 128, 64)
+    assert (multiply(kernels, a, b, form=0, scale=torch.full((64,), 1e-41)) == 0).all()
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_caught(kernels: hopper.Kernels, name: str) -> None:
     fault = list(FAULTS).index(name) + 1

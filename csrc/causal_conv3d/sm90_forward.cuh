@@ -235,6 +235,10 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(__grid_constant__ 
         for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
             fetch_tile<T, Shape>(p, stages, tile_place(tile, column_tiles, Shape::kRows), ring);
         }
+        // stays until all that it has begun is there and read
+        for (int stage = 0; stage < kStages; ++stage, ring.advance()) {
+            sm90::wait(stages.empty(ring.stage), ring.phase ^ 1);
+        }
     } else {
         sm90::take_registers<kConsumerRegisters>();
         int const consumer = role - 1, warp = threadIdx.x / 32 - 4;

@@ -42,7 +42,8 @@ __device__ inline void store_tensor(TensorMap const& map, uint32_t from, int c0,
                  : "memory");
 }
 
-// Adds fp32 numbers to those in global memory; both addresses and the bytes are multiples of 16.
+// Adds fp32 numbers to those in global memory; both addresses and the bytes are multiples of 16. Numbers and sums below
+// the least normal one count as zeros.
 __device__ inline void reduce_add(float* to, uint32_t from, uint32_t bytes) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
                  "r"(bytes)

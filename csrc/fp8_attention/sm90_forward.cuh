@@ -164,6 +164,7 @@ __device__ void attend(HopperParams const& p, Shared<Cluster> const& shared, Ite
     for (int step = 1; step < tiles; ++step) {
         scale = q_scale * k_scale[tile_of(step, tiles)];
         sm90::wait(shared.keys_full(keys.stage), keys.phase);
+        __syncwarp();
         begin_turn(consumer);
         multiply_keys(scores, queries, shared.keys(keys.stage));
         sm90::wait(shared.values_full(values.stage), values.phase);
@@ -246,6 +247,7 @@ __device__ void consume(HopperParams const& p, Shared<Cluster> const& shared, in
         if (item.first_row < valid) attend(p, shared, item, consumer, valid, sums, online, progress);
         send_rows<T>(p, item, first_query(item, shared.rank, consumer), valid, sums, online);
     }
+    __syncwarp();
     if (consumer == 0) begin_turn(consumer);  // the last one is passed to nobody else
 }
 

@@ -214,6 +214,7 @@ __device__ void consume(HopperParams const& p, Shared<S> const& shared, int cons
         if (item.first_row < valid) attend<T, S>(p, shared, consumer, valid, sums, online, progress);
         send_rows<T, S>(p, item, first_query(item, shared.rank, consumer), valid, sums, online);
     }
+    __syncwarp();
     if (consumer == 0) begin_turn(consumer);  // the last one is passed to nobody else
 }
 

@@ -104,9 +104,9 @@ class Emulator:
 class RealSources(Emulator):
     """The same by the kernels' own sources, on the emulated machine."""
 
-    def __init__(self, native: ctypes.CDLL) -> None:
+    def __init__(self, native: ctypes.CDLL, headers: Path = ROOT / "csrc") -> None:
         super().__init__(native)
-        self._kernels = hopper.build(ROOT / "tests/native/hopper_causal_conv3d.cpp")
+        self._kernels = hopper.build(ROOT / "tests/native/hopper_causal_conv3d.cpp", headers)
         self.seed = 0
 
     def _pack(self, weight: Tensor, packed: Tensor, numbers: list[int]) -> None:

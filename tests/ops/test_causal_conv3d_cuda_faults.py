@@ -8,7 +8,7 @@ import torch
 
 from tests.kit.native import ROOT
 from tests.ops.causal_conv3d_cases import by_definition, draw_call
-from tests.ops.hopper_emulator import check, compiler, emulate, library
+from tests.ops.hopper_emulator import RealSources, check, compiler, emulate, install, library
 
 MACHINE, OURS = "common/sm90_layout.h", "causal_conv3d/sm90_layout.h"
 # name: file, what stands there, what stands there instead
@@ -80,3 +80,16 @@ def test_a_ring_in_the_wrong_phase_is_caught(tmp_path):
     (headers / MACHINE).write_text(text.replace("phase ^= 1", "phase ^= 0"))
     with pytest.raises(AssertionError):
         check(library(tmp_path, headers).ring(2, 9, 0))
+
+
+def test_producers_that_leave_their_last_copies_are_caught(tmp_path, generator, monkeypatch):
+    headers = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    kernel = headers / "causal_conv3d/sm90_forward.cuh"
+    right = "stage < kStages; ++stage, ring.advance()"
+    assert kernel.read_text().count(right) == 1
+    kernel.write_text(kernel.read_text().replace(right, "false;"))
+    install(RealSources(library(tmp_path), headers), monkeypatch)
+    impl = importlib.import_module("hunyuan_fast.kernels.causal_conv3d.cuda_impl")
+    call = draw_call(generator, dtype=torch.bfloat16, shape=(1, 64, 1, 4, 5), channels=64)
+    with pytest.raises(AssertionError, match="leaves the kernel while its copy_chunk"):
+        impl.forward(*call.arguments)

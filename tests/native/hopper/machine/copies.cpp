@@ -1,7 +1,9 @@
 // Copies between global and shared memory: PTX ISA, "cp.async", "cp.async.bulk", "cp.async.bulk.tensor",
 // "cp.reduce.async.bulk", "stmatrix".
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "machine/block.h"
 
@@ -172,12 +174,14 @@ void read_shared(Store& store) {
     store.held.assign(from, from + store.bytes);
 }
 
+float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
+
 void add(Store const& store) {
     check_global(store.to, store.held.size(), "reduce_add");
     for (size_t i = 0; i < store.held.size() / 4; ++i) {
         float value;
         std::memcpy(&value, &store.held[4 * i], 4);
-        store.to[i] += value;
+        store.to[i] = flushed(flushed(store.to[i]) + flushed(value));
     }
 }
 

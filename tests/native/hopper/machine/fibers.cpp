@@ -182,8 +182,19 @@ std::string who_waits() {
     return report;
 }
 
+// No kernel that is known to work leaves copies behind which the thread itself has begun: what becomes of them then is
+// written nowhere.
+void check_no_chunks(Fiber const& fiber) {
+    bool left = !fiber.chunks.empty();
+    for (auto const& copy : machine.copies) {
+        left = left || (copy.kind == Copy::chunks && copy.block == fiber.block && copy.thread == fiber.number);
+    }
+    if (left) fail("thread %d leaves the kernel while its copy_chunk is under way", fiber.number);
+}
+
 // A block must know of everything that others do to its memory before it ends.
 void end_thread(Fiber& fiber) {
+    check_no_chunks(fiber);
     Block& own = *fiber.block;
     --own.unfinished;
     leave_cluster_barrier();
