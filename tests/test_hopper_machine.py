@@ -1,5 +1,6 @@
 """The emulated Hopper: right kernels run on it, each planted fault stops it, and words say why."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tests.kit.numerics import assert_as_good_as
 
 pytestmark = pytest.mark.skipif(hopper.compiler() is None, reason="no C++ compiler")
 
-DRIVER = Path(__file__).parent / "native/hopper_gemm.cpp"
+DRIVERS = Path(__file__).parent / "native"
 FORMS = ("both along K", "B along N", "A along M", "A from registers", "bytes")
 SEEDS = (*hopper.EXTREMES, 4, 5)
 
@@ -41,11 +42,22 @@ FAULTS = {
     "read before it came": (0, "still under way|a race at byte|deadlock|wrong sums"),
 }
 PLAIN_STORES = ("beyond a tensor", "plain stores not fenced")
+CLUSTER_FAULTS = {
+    "used before all have begun": "the barrier of a copy: a race|there is no barrier",
+    "left before all are done": "has ended|may end before thread 32 has reached",
+    "one block told of two": "a race at byte|still under way",
+    "copied to one block": "deadlock",
+    "lanes that lag by a phase": "deadlock",
+    "half of the bytes announced": "a race at byte|still under way",
+    "a stage not given back": "deadlock(.|\n)*2 of 2 arrivals",
+}
+# Who lags is drawn: it need not happen.
+NOT_ALWAYS = ("lanes that lag by a phase",)
 
 
 @pytest.fixture(scope="module")
 def kernels() -> hopper.Kernels:
-    return hopper.build(DRIVER)
+    return hopper.build(DRIVERS / "hopper_gemm.cpp")
 
 
 def draw(form: int, rows: int, columns: int, depth: int) -> tuple[Tensor, Tensor]:
@@ -114,3 +126,34 @@ def test_a_fault_leaves_nothing_behind(kernels: hopper.Kernels) -> None:
         multiply(kernels, a, b, form=0, fault=6)
     y = multiply(kernels, a, b, form=0)
     torch.testing.assert_close(y.double(), a.double() @ b.double().T, rtol=0.01, atol=0.01)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> hopper.Kernels:
+    return hopper.build(DRIVERS / "hopper_cluster.cpp")
+
+
+def share(cluster: hopper.Kernels, x: Tensor, seed: int, fault: int = 0) -> Tensor:
+    """Through the shared memory of two blocks, to each of two results."""
+    y = torch.full((2, *x.shape), torch.nan, dtype=x.dtype)
+    cluster.run("share", x, y, len(x), fault, seed=seed)
+    return y
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_blocks_of_a_cluster_share(cluster: hopper.Kernels, seed: int) -> None:
+    x = torch.randn(5, 64, 64).bfloat16()
+    assert torch.equal(share(cluster, x, seed), torch.stack([x, x]))
+
+
+@pytest.mark.parametrize("name", CLUSTER_FAULTS)
+def test_faults_of_clusters_are_caught(cluster: hopper.Kernels, name: str) -> None:
+    x = torch.randn(5, 64, 64).bfloat16()
+    caught = []
+    for seed in SEEDS:
+        try:
+            share(cluster, x, seed, fault=list(CLUSTER_FAULTS).index(name) + 1)
+        except hopper.HopperFault as fault:
+            assert re.search(CLUSTER_FAULTS[name], str(fault))
+            caught.append(seed)
+    assert caught if name in NOT_ALWAYS else len(caught) == len(SEEDS)

@@ -1,11 +1,13 @@
 // What Python sees of the Hopper kernels: tensors are checked, turned into the structs of sm90.h, and handed on.
 #ifdef HUNYUAN_FAST_CUDA
 
+#include <cmath>
 #include <limits>
 
 #include "common/check.h"
 #include "common/registry.h"
 #include "common/tensor_caster.h"
+#include "rope3d_attention/sm90_backward.h"
 #include "rope3d_attention/sm90_layout.h"
 
 namespace py = pybind11;
@@ -47,6 +49,14 @@ Lengths lengths_of(TensorView const& t, TensorView const& q) {
     return {t.as<int32_t>(), t.stride[0] * (t.dtype == DType::i64 ? 2 : 1)};
 }
 
+float const* lse_of(TensorView const& lse, TensorView const& q) {
+    bool const fits = lse.ndim == 3 && lse.size[0] == q.size[0] && lse.size[1] == q.size[2] && lse.size[2] == q.size[1];
+    HUNYUAN_CHECK(fits && lse.dtype == DType::f32 && lse.is_contiguous(), "lse must be (B, N, L), float32, got ",
+                  lse.shape(), " of ", name_of(lse.dtype));
+    check_on_gpu(lse, "lse", q);
+    return lse.as<float>();
+}
+
 void forward(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const& kv_len, double scale,
              TensorView const& out, TensorView const& lse, int key_tile, int cluster, uintptr_t stream) {
     HUNYUAN_CHECK(q.ndim == 4, "q must have 4 dimensions, got ", q.shape());
@@ -60,19 +70,49 @@ void forward(TensorView const& q, TensorView const& k, TensorView const& v, Tens
     HUNYUAN_CHECK(items_of(p) <= kMost, "there may be ", kMost, " tiles of queries, got ", items_of(p));
     p.q = rows_of(q, "q", q), p.k = rows_of(k, "k", q), p.v = rows_of(v, "v", q), p.out = rows_of(out, "out", q);
     p.lengths = lengths_of(kv_len, q);
-    bool const fits = lse.ndim == 3 && lse.size[0] == p.B && lse.size[1] == p.N && lse.size[2] == p.L;
-    HUNYUAN_CHECK(fits && lse.dtype == DType::f32 && lse.is_contiguous(), "lse must be (B, N, L), float32, got ",
-                  lse.shape(), " of ", name_of(lse.dtype));
-    check_on_gpu(lse, "lse", q);
-    p.lse = lse.as<float>();
+    p.lse = const_cast<float*>(lse_of(lse, q));
     auto const run = q.dtype == DType::bf16 ? run_hopper_bf16 : run_hopper_f16;
+    run(p, reinterpret_cast<void*>(stream));
+}
+
+BackwardParams backward_sizes(TensorView const& q) {
+    HUNYUAN_CHECK(q.ndim == 4, "q must have 4 dimensions, got ", q.shape());
+    BackwardParams p;
+    p.B = narrowed(q.size[0]), p.L = narrowed(q.size[1]), p.N = narrowed(q.size[2]), p.D = narrowed(q.size[3]);
+    HUNYUAN_CHECK(p.D == 64 || p.D == 128, "the head dimension must be 64 or 128, got ", p.D);
+    int64_t const tiles = int64_t(p.B) * p.N * ceil_div(p.L, backward_queries(p.D));
+    HUNYUAN_CHECK(tiles <= kMost, "there may be ", kMost, " tiles of queries, got ", tiles);
+    return p;
+}
+
+int64_t backward_workspace_size(TensorView const& q) { return backward_workspace_bytes(backward_sizes(q)); }
+
+void backward(TensorView const& dout, TensorView const& out, TensorView const& lse, TensorView const& q,
+              TensorView const& k, TensorView const& v, TensorView const& kv_len, double scale, TensorView const& dq,
+              TensorView const& dk, TensorView const& dv, TensorView const& workspace, uintptr_t stream) {
+    BackwardParams p = backward_sizes(q);
+    p.scale = float(scale), p.score_scale = float(scale / std::log(2.0));
+    p.q = rows_of(q, "q", q), p.k = rows_of(k, "k", q), p.v = rows_of(v, "v", q);
+    p.out = rows_of(out, "out", q), p.dout = rows_of(dout, "dout", q);
+    p.dq = rows_of(dq, "dq", q), p.dk = rows_of(dk, "dk", q), p.dv = rows_of(dv, "dv", q);
+    p.lengths = lengths_of(kv_len, q), p.lse = lse_of(lse, q);
+    int64_t const bytes = backward_workspace_bytes(p);
+    bool const fits = workspace.dtype == DType::u8 && workspace.is_contiguous() && workspace.numel() >= bytes;
+    HUNYUAN_CHECK(fits && reinterpret_cast<uintptr_t>(workspace.data) % 16 == 0, "workspace must be ", bytes,
+                  " bytes at a multiple of 16, got ", workspace.shape(), " of ", name_of(workspace.dtype));
+    check_on_gpu(workspace, "workspace", q);
+    p.workspace = workspace.data;
+    auto const run = q.dtype == DType::bf16 ? run_backward_bf16 : run_backward_f16;
     run(p, reinterpret_cast<void*>(stream));
 }
 
 }  // namespace
 
 HUNYUAN_FAST_BIND(rope3d_attention_hopper, m) {
-    m.def("rope3d_attention_forward_hopper", &forward, py::call_guard<py::gil_scoped_release>());
+    using release_gil = py::call_guard<py::gil_scoped_release>;
+    m.def("rope3d_attention_forward_hopper", &forward, release_gil());
+    m.def("rope3d_attention_backward_workspace_hopper", &backward_workspace_size);
+    m.def("rope3d_attention_backward_hopper", &backward, release_gil());
 }
 
 }  // namespace hunyuan_fast::rope3d_attention

@@ -151,6 +151,12 @@ __device__ void fetch_queries(Shared<S> const& shared, sm90::TensorMap const& ma
     }
 }
 
+// Before lane 0 goes on to what ends this phase and may end the next: a lane that lagged so far would wait for ever.
+__device__ inline void wait_together(uint32_t barrier, uint32_t parity) {
+    sm90::wait(barrier, parity);
+    __syncwarp();
+}
+
 // Everything that an item reads, by one warp.
 template <class T, class S>
 __device__ void fetch_item(HopperParams const& p, Maps const& maps, Shared<S> const& shared, Item const& item,
@@ -158,23 +164,23 @@ __device__ void fetch_item(HopperParams const& p, Maps const& maps, Shared<S> co
     int const tiles = ceil_div(valid, S::kKeys), last = (tiles - 1) * S::kKeys;
     sm90::Ring<kStages>&keys = progress.keys, &values = progress.values;
     // keys first: their stage is free before the queries of the item before are
-    sm90::wait(shared.keys_empty(keys.stage), keys.phase ^ 1);
+    wait_together(shared.keys_empty(keys.stage), keys.phase ^ 1);
     fetch_last<T, S>(shared.keys(keys.stage), maps.k, p.k, last, valid, item, shared.rank, lane, shared.keys_full(keys.stage),
                      shared.key_tail(keys.stage));
     if (lane == 0) fetch_queries(shared, maps.q, item, progress.items & 1);
     __syncwarp();
-    sm90::wait(shared.values_empty(values.stage), values.phase ^ 1);
+    wait_together(shared.values_empty(values.stage), values.phase ^ 1);
     fetch_last<T, S>(shared.values(values.stage), maps.v, p.v, last, valid, item, shared.rank, lane,
                      shared.values_full(values.stage), shared.value_tail(values.stage));
     keys.advance(), values.advance(), ++progress.items;
 #pragma unroll 1
     for (int step = 1; step < tiles; ++step, keys.advance(), values.advance()) {
         int const first = first_key(step, tiles, S::kKeys);
-        sm90::wait(shared.keys_empty(keys.stage), keys.phase ^ 1);
+        wait_together(shared.keys_empty(keys.stage), keys.phase ^ 1);
         if (lane == 0) {
             fetch_tile<S>(shared.keys(keys.stage), maps.k, first, item, shared.rank, shared.keys_full(keys.stage));
         }
-        sm90::wait(shared.values_empty(values.stage), values.phase ^ 1);
+        wait_together(shared.values_empty(values.stage), values.phase ^ 1);
         if (lane == 0) {
             fetch_tile<S>(shared.values(values.stage), maps.v, first, item, shared.rank,
                           shared.values_full(values.stage));

@@ -1,14 +1,13 @@
 """Attention in 16 bits on Hopper: its tensor cores and its copy engine.
 
-Lengths stay on the device, and padding among the keys is not read. Forward only: gradients are the
-library's.
+Lengths stay on the device, and padding is not read. Gradients are deterministic: shares of dq are
+added up in the order of the keys.
 """
 
 import torch
 from torch import Tensor
 
 from hunyuan_fast import _C
-from hunyuan_fast.kernels.rope3d_attention import library_impl
 
 # No GPU has run these kernels yet.
 VERIFIED_ON: frozenset[str] = frozenset()
@@ -23,8 +22,6 @@ _QUERY_TILE = 128  # kQueryRows in csrc/rope3d_attention/sm90_layout.h
 _MOST_TILES = 2**31 - 2**10  # of queries: they are counted in 31 bits
 _CONTIGUOUS = torch.contiguous_format
 _CHUNK = 8  # values in 16 bytes, which rows begin at a multiple of
-
-backward = library_impl.backward
 
 
 def supports(
@@ -83,6 +80,30 @@ def forward(
         out.copy_(result)
         result = out
     return result, lse
+
+
+def backward(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each (B, L, N, D)."""
+    rows = [x if _is_aligned(x) else x.clone(memory_format=_CONTIGUOUS) for x in (dout, out)]
+    inputs = [x if _is_aligned(x) else x.clone(memory_format=_CONTIGUOUS) for x in (q, k, v)]
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    size = _C.rope3d_attention_backward_workspace_hopper(inputs[0])
+    workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
+    with torch.cuda.device(q.device):
+        stream = torch.cuda.current_stream(q.device).cuda_stream
+        _C.rope3d_attention_backward_hopper(
+            *rows, lse.contiguous(), *inputs, kv_len, scale, dq, dk, dv, workspace, stream
+        )
+    return dq, dk, dv
 
 
 def _blocks_of_cluster(q: Tensor) -> int:

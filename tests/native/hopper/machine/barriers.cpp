@@ -238,6 +238,7 @@ void arrive_remote(uint32_t address, int rank) {
     Barrier& barrier = barrier_at(address, "arrive_remote");
     block().shared.check_barrier(address, self().clock, true, "arrive_remote");
     barrier.arrived.learn(self().clock);
+    if (self().block != &block()) block().visits.push_back(self().clock.now(self().source));
     self().clock.step(self().source);
     --barrier.pending;
     settle(address, barrier);

@@ -25,6 +25,9 @@ struct Block;
 // When asynchronous work is done.
 enum class Timing { late, early, drawn };
 
+// Who gets ahead of others.
+enum class Favours { nobody, warps, lanes };
+
 enum class Waiting { nothing, warp, barrier, named, cluster, issue, registers };
 
 // What a thread waits for, for reports.
@@ -73,6 +76,8 @@ struct Fiber {
     bool started = false;
     ucontext_t entry;
     jmp_buf at;
+    uint64_t favour = 0;
+    uint64_t* stack = nullptr;  // its far end
     Reason reason;
     WarpCall call;
     Clock clock;
@@ -167,11 +172,11 @@ struct Block {
     Shape shape;
     Index index;
     int rank;  // in its cluster
-    size_t unfinished;
+    size_t unfinished;          // threads
+    std::vector<Stamp> visits;  // of copies and other blocks to its memory
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     std::vector<Group> groups;
-    std::vector<int> favour;  // of warps
     Shared shared;
     std::map<uint32_t, Barrier> barriers;
     NamedBarrier named[16];
@@ -187,7 +192,7 @@ struct Machine {
     int processors = 3;
     Timing copy_timing = Timing::late;
     Timing product_timing = Timing::late;
-    bool by_favour = false;
+    Favours favours = Favours::nobody;
     std::mt19937_64 random;
     std::vector<std::unique_ptr<Block>> cluster;  // blocks under way together
     NamedBarrier cluster_barrier;
@@ -235,6 +240,7 @@ void check_global(void const* pointer, uint64_t bytes, char const* what);
 
 // ---- fibers (fibers.cpp)
 
+void draw_favour(Block& block);
 void pause();                       // lets others run
 void block_for(Reason const& why);  // until woken
 void wake(Fiber& fiber);

@@ -10,9 +10,6 @@
 namespace hopper {
 namespace {
 
-// 128-byte swizzling: bits 4 to 6 of an address are combined with bits 7 to 9.
-uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
-
 uint32_t box_bytes(Box const& map) {
     return uint32_t(map.box[0]) * map.box[1] * map.box[2] * map.box[3] * map.width;
 }
@@ -76,6 +73,7 @@ void land_chunks(Copy const& copy) {
 
 void land(Copy const& copy) {
     InBlock const there(*copy.block);
+    block().visits.push_back(phase_of(copy.barrier));
     if (copy.kind == Copy::chunks) return land_chunks(copy);
     if (copy.kind == Copy::box) {
         land_box(copy);
@@ -264,6 +262,10 @@ void wait_for_stores(int pending, bool reads_only) {
         }
     }
     while (!reads_only && int(groups.size()) > pending) groups.pop_front();
+}
+
+void demand_stores(char const* what) {
+    if (!self().stores.empty() || !self().open.empty()) fail("%s: stores of this thread are not known to be done", what);
 }
 
 bool do_some_store() {

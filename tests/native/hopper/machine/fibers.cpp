@@ -13,22 +13,22 @@ Index thread_index, block_index, block_size, grid_size;
 namespace {
 
 constexpr unsigned kStackBytes = 128 * 1024;
+constexpr uint64_t kStackEnd = 0x656e64206f662069;
 
 jmp_buf scheduler;
 std::function<void()> const* kernel_of_fibers = nullptr;
 
-// Stacks outlive blocks; `number` is that of a thread in its cluster. Below each lies a page that nobody may touch.
+// Stacks outlive blocks; `number` is that of a thread in its cluster. Those of a warp share a mapping: a process may
+// have some ten thousand of these only. What lies at the end of a stack tells when it was too small.
 char* stack_of(int number) {
-    static std::vector<char*> stacks;
-    auto const page = unsigned(sysconf(_SC_PAGESIZE));
-    while (int(stacks.size()) <= number) {
-        void* const mapped = mmap(nullptr, kStackBytes + page, PROT_READ | PROT_WRITE,
-                                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (mapped == MAP_FAILED) fail("no memory for the stack of a thread");
-        mprotect(mapped, page, PROT_NONE);
-        stacks.push_back(static_cast<char*>(mapped) + page);
+    static std::vector<char*> warps;
+    while (int(warps.size()) <= number / kWarp) {
+        void* const mapped = mmap(nullptr, kWarp * kStackBytes, PROT_READ | PROT_WRITE,
+                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (mapped == MAP_FAILED) fail("no memory for the stacks of a warp");
+        warps.push_back(static_cast<char*>(mapped));
     }
-    return stacks[number];
+    return warps[size_t(number / kWarp)] + number % kWarp * kStackBytes;
 }
 
 void enter() {
@@ -57,7 +57,9 @@ __attribute__((noinline)) void resume(Fiber& fiber) {
 void prepare(Fiber& fiber) {
     getcontext(&fiber.entry);
     Block const& own = *fiber.block;
-    fiber.entry.uc_stack.ss_sp = stack_of(own.rank * int(own.fibers.size()) + fiber.number);
+    fiber.stack = reinterpret_cast<uint64_t*>(stack_of(own.rank * int(own.fibers.size()) + fiber.number));
+    *fiber.stack = kStackEnd;
+    fiber.entry.uc_stack.ss_sp = fiber.stack;
     fiber.entry.uc_stack.ss_size = kStackBytes;
     fiber.entry.uc_link = nullptr;
     makecontext(&fiber.entry, enter, 0);
@@ -66,15 +68,13 @@ void prepare(Fiber& fiber) {
 
 bool drawn(Timing timing) { return timing == Timing::drawn && machine.draw(4); }
 
-// Who runs: anyone, or one of a warp that is ahead of others until favour changes. The former mixes threads, the latter
-// lets a warp run as far as barriers let it.
+// Who runs: anyone, or whoever is in favour until that changes. The former mixes threads; favour lets a warp run as far
+// as barriers let it, or leaves lanes of a warp behind.
 Fiber& next_of(std::vector<Fiber*>& ready) {
-    auto& changed = machine.cluster[machine.random() % machine.cluster.size()]->favour;
-    if (machine.draw(512)) std::shuffle(changed.begin(), changed.end(), machine.random);
-    auto const favour = [](Fiber const& fiber) { return fiber.block->favour[size_t(warp_of(fiber))]; };
+    if (machine.draw(2048)) draw_favour(*machine.cluster[machine.random() % machine.cluster.size()]);
     size_t chosen = machine.random() % ready.size();
-    for (size_t i = 0; i < ready.size() && machine.by_favour; ++i) {
-        if (favour(*ready[i]) > favour(*ready[chosen])) chosen = i;
+    for (size_t i = 0; i < ready.size() && machine.favours != Favours::nobody; ++i) {
+        if (ready[i]->favour > ready[chosen]->favour) chosen = i;
     }
     std::swap(ready[chosen], ready.back());
     Fiber& fiber = *ready.back();
@@ -115,6 +115,19 @@ std::string words(Reason const& reason) {
 }
 
 }  // namespace
+
+// Of warps, or of all but some lanes of one warp: often of the first, which is the one that fetches.
+void draw_favour(Block& block) {
+    bool const lanes = machine.favours == Favours::lanes;
+    int const behind = machine.draw(2) ? 0 : int(machine.random() % block.warps.size());
+    for (auto& fiber : block.fibers) {
+        if (lanes) {
+            fiber.favour = warp_of(fiber) != behind || machine.draw(2);
+        } else {
+            fiber.favour = lane_of(fiber) == 0 ? machine.random() : (&fiber - 1)->favour;
+        }
+    }
+}
 
 void pause() {
     machine.ready.push_back(&self());
@@ -179,13 +192,22 @@ void check_no_chunks(Fiber const& fiber) {
     if (left) fail("thread %d leaves the kernel while its copy_chunk is under way", fiber.number);
 }
 
+// A block must know of everything that others do to its memory before it ends.
 void end_thread(Fiber& fiber) {
     check_no_chunks(fiber);
-    --fiber.block->unfinished;
+    Block& own = *fiber.block;
+    --own.unfinished;
     leave_cluster_barrier();
-    if (fiber.block->unfinished > 0) return;
+    if (own.unfinished > 0) return;
     for (auto const& copy : machine.copies) {
-        if (copy.block == fiber.block) fail("a block ends while copies are under way to its shared memory");
+        if (copy.block == &own) fail("block %u ends while copies are under way to its shared memory", own.index.x);
+    }
+    Clock known = new_clock();
+    for (auto const& each : own.fibers) known.learn(each.clock);
+    for (auto const& stamp : own.visits) {
+        if (known.knows(stamp)) continue;
+        fail("block %u may end before %s has reached its shared memory: no wait or barrier says that it has",
+             own.index.x, source_of(stamp).c_str());
     }
 }
 
@@ -205,6 +227,7 @@ void run_cluster(std::function<void()> const& kernel) {
         }
         Fiber& fiber = next_of(machine.ready);
         resume(fiber);
+        if (*fiber.stack != kStackEnd) fail("a thread's stack of %u bytes is too small here", kStackBytes);
         machine.running = nullptr;
         if (fiber.state == Fiber::done) end_thread(fiber), --unfinished;
         drift();

@@ -59,16 +59,18 @@ public:
         action.sa_flags = SA_SIGINFO | SA_ONSTACK;
         sigaction(SIGSEGV, &action, &old_segv_);
         sigaction(SIGBUS, &action, &old_bus_);
+        sigaction(SIGFPE, &action, &old_division_);
     }
     ~Guard() {
         sigaction(SIGSEGV, &old_segv_, nullptr);
         sigaction(SIGBUS, &old_bus_, nullptr);
+        sigaction(SIGFPE, &old_division_, nullptr);
         sigaltstack(&old_stack_, nullptr);
     }
 
 private:
     stack_t old_stack_;
-    struct sigaction old_segv_, old_bus_;
+    struct sigaction old_segv_, old_bus_, old_division_;
 };
 
 Index place_of(Index const& grid, uint64_t number) {
@@ -130,7 +132,9 @@ void set_timings() {
     bool const extreme = machine.seed < 4;
     machine.copy_timing = extreme ? kTimings[machine.seed][0] : Timing::drawn;
     machine.product_timing = extreme ? kTimings[machine.seed][1] : Timing::drawn;
-    machine.by_favour = machine.seed % 2 == 1;
+    machine.favours = machine.seed % 2 == 1   ? Favours::warps
+                      : machine.seed % 4 == 2 ? Favours::lanes
+                                              : Favours::nobody;
     machine.random.seed(machine.seed);
 }
 
@@ -159,9 +163,7 @@ Block::Block(Shape const& given, Index const& place, int place_in_cluster)
     int const each = std::min(256, kRegisters / int(fibers.size()) / 8 * 8);
     for (auto& warp : warps) warp.registers = each;
     elected = int(machine.random() % kWarp);
-    favour.resize(warps.size());
-    std::iota(favour.begin(), favour.end(), 0);
-    std::shuffle(favour.begin(), favour.end(), machine.random);
+    draw_favour(*this);
 }
 
 Block& block_of_cluster(int rank, char const* what) {

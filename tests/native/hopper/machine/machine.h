@@ -72,6 +72,8 @@ void store_tensor(void const* map, uint32_t from, int const (&at)[4]);
 void reduce_add(float* to, uint32_t from, uint32_t bytes);
 void commit_stores();
 void wait_for_stores(int pending, bool reads_only);
+// Fails where the thread has stores that it has not waited for to the end.
+void demand_stores(char const* what);
 
 // ---- products
 

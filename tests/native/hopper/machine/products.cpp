@@ -51,8 +51,6 @@ Descriptor decoded(uint64_t bits, char const* operand) {
     return {field(0), field(16), field(32)};
 }
 
-uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
-
 // Where the 16-byte chunks of an operand are: neighbours along K, two to a row of M or N.
 std::vector<uint32_t> chunks_along_k(Descriptor const& d, int rows, char const* operand) {
     if (d.start % 128 > 96 || d.start / 128 % 8 != 0) {

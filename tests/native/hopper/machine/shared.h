@@ -11,6 +11,9 @@ namespace hopper {
 constexpr uint32_t kSharedBase = 1024;  // its first address
 constexpr uint32_t kChunk = 16;
 
+// 128-byte swizzling: bits 4 to 6 of an address are combined with bits 7 to 9.
+inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
 class Shared {
 public:
     explicit Shared(unsigned bytes);
