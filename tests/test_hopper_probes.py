@@ -59,6 +59,19 @@ def test_tails_are_zeros(kernels: hopper.Kernels, valid: int) -> None:
     torch.testing.assert_close(d, expected, rtol=0, atol=1e-4)
 
 
+@needs_a_compiler
+def test_blocks_add_in_turns(kernels: hopper.Kernels) -> None:
+    sums, counters = torch.zeros(4, 256), torch.zeros(5, dtype=torch.int32)
+    kernels.run("add_in_turns", sums, counters, 20)
+    place, number = torch.arange(4)[:, None], torch.arange(256)
+    expected = torch.zeros(4, 256)
+    for ticket in range(20):
+        share = (ticket * 7919 + place * 613 + number * 31) % 2003 - 1001
+        expected += share.float() * 0.1
+    assert torch.equal(sums, expected)
+    assert counters.tolist() == [20] * 5
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
 def test_on_a_gpu(tmp_path: Path) -> None:

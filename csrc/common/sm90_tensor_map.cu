@@ -47,11 +47,17 @@ TensorMap make_tensor_map(TensorBox const& tensor) {
     int const width = bytes_of(tensor.element);
     cuuint64_t sizes[4], strides[3];
     cuuint32_t box[4], ones[4] = {1, 1, 1, 1};
+    cuuint64_t extent = width;  // of the dimensions before, in bytes
     for (int i = 0; i < 4; ++i) {
         sizes[i] = cuuint64_t(tensor.size[i]);
         box[i] = cuuint32_t(tensor.box[i]);
-        // where there is no second one, its distance is free, but the driver looks at it
-        if (i > 0) strides[i - 1] = tensor.size[i] == 1 ? 16 : cuuint64_t(tensor.stride[i]) * width;
+        if (i > 0) {
+            // where there is no second one, its distance is free, but the driver looks at it: it might have to lie
+            // beyond the first one
+            strides[i - 1] = sizes[i] == 1 ? (extent + 15) / 16 * 16 : cuuint64_t(tensor.stride[i]) * width;
+            extent = strides[i - 1];
+        }
+        extent *= sizes[i];
     }
     CUtensorMap map;
     CUresult const status =

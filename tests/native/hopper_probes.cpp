@@ -20,4 +20,8 @@ char const* multiply_tails(__nv_bfloat16 const* a, __nv_bfloat16 const* b, float
     return hopper::attempt([&] { probes::multiply_tails(a, b, d, int(valid), nullptr); });
 }
 
+char const* add_in_turns(float* sums, int* counters, int64_t blocks) {
+    return hopper::attempt([&] { probes::add_in_turns(sums, counters, int(blocks), nullptr); });
+}
+
 }  // extern "C"

@@ -108,13 +108,32 @@ bool right_tails(int valid) {
     return right_product("tails", d.read(), a, b, 64, 64, valid);
 }
 
+bool right_turns() {
+    constexpr int kBlocks = 5000;  // more than run at a time
+    constexpr int kCount = probes::kTurnPlaces * probes::kTurnNumbers;
+    OnDevice<float> const sums(std::vector<float>(kCount, 0.0f));
+    OnDevice<int> const counters(std::vector<int>(1 + probes::kTurnPlaces, 0));
+    probes::add_in_turns(sums.data, counters.data, kBlocks, nullptr);
+    auto const found = sums.read();
+    for (int at = 0; at < kCount; ++at) {
+        float sum = 0;
+        for (int block = 0; block < kBlocks; ++block) {
+            sum += probes::share_of(block, at / probes::kTurnNumbers, at % probes::kTurnNumbers);
+        }
+        if (found[at] == sum) continue;
+        std::printf("turns: number %d is %g, not %g\n", at, found[at], sum);
+        return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 int main() {
     for (int valid : {1, 37, 64}) {
         if (!right_tails<__nv_bfloat16>(valid) || !right_tails<__half>(valid)) return 1;
     }
-    if (!right_bytes(false) || !right_bytes(true) || !right_share()) return 1;
+    if (!right_bytes(false) || !right_bytes(true) || !right_share() || !right_turns()) return 1;
     std::printf("ok\n");
     return 0;
 }

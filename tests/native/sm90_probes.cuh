@@ -6,6 +6,7 @@
 #include "common/sm90_launch.cuh"
 #include "common/sm90_products.cuh"
 #include "common/sm90_tensor_copy.cuh"
+#include "common/sm90_turns.cuh"
 
 namespace hunyuan_fast::probes {
 
@@ -201,6 +202,46 @@ __global__ void __launch_bounds__(sm90::kWarpgroup, 1) tail_kernel(T const* a, T
 template <class T>
 void multiply_tails(T const* a, T const* b, float* d, int valid, void* stream) {
     sm90::launch(tail_kernel<T>, 1, sm90::kWarpgroup, kTailShared, stream, a, b, d, valid);
+}
+
+// ---- blocks that add to the same places, one after the other in the order in which they start
+
+constexpr int kTurnNumbers = 256, kTurnPlaces = 4;
+constexpr uint32_t kTurnBytes = kTurnNumbers * 4;
+
+// Of the block with a ticket. Sums of these are rounded, so they depend on the order.
+HUNYUAN_HOST_DEVICE inline float share_of(int ticket, int place, int i) {
+    return float((ticket * 7919 + place * 613 + i * 31) % 2003 - 1001) * 0.1f;
+}
+
+// `counters`: of tickets, and whose turn it is at each place; zeros.
+__global__ void __launch_bounds__(32) turns_kernel(float* sums, int* counters) {
+#ifdef HUNYUAN_SM90A
+    char* const memory = aligned_shared();
+    int const lane = int(threadIdx.x), ticket = __shfl_sync(~0u, lane == 0 ? sm90::take_ticket(counters) : 0, 0);
+    for (int place = 0; place < kTurnPlaces; ++place) {
+        for (int i = lane; i < kTurnNumbers; i += 32) {
+            reinterpret_cast<float*>(memory)[i] = share_of(ticket, place, i);
+        }
+        sm90::fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) {
+            sm90::wait_for_turn(counters + 1 + place, ticket);
+            sm90::reduce_add(sums + place * kTurnNumbers, sm90::shared_address(memory), kTurnBytes);
+            sm90::commit_stores();
+            sm90::wait_for_stores<0>();
+            sm90::pass_turn(counters + 1 + place, ticket + 1);
+        }
+        __syncwarp();
+    }
+#else
+    __trap();
+#endif
+}
+
+// `sums` (places, numbers), `counters` (1 + places).
+inline void add_in_turns(float* sums, int* counters, int blocks, void* stream) {
+    sm90::launch(turns_kernel, unsigned(blocks), 32, kTurnBytes + sm90::kAtomBytes, stream, sums, counters);
 }
 
 }  // namespace hunyuan_fast::probes

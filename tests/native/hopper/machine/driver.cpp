@@ -20,6 +20,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
         right = sizes[i] > 0 && sizes[i] <= 1ull << 32 && box[i] > 0 && box[i] <= 256 && steps[i] == 1;
         if (i > 0) right = right && made.strides[i] % 16 == 0 && made.strides[i] < 1ull << 40;
     }
+    // the documentation has rows follow each other, with a gap or none
+    right = right && made.strides[1] >= sizes[0] * made.width;
     uint32_t const row = box[0] * made.width;
     right = right && row % 16 == 0 && (!made.swizzled || row == 128);
     if (!right) return CUDA_ERROR_INVALID_VALUE;
