@@ -178,7 +178,7 @@ __device__ inline bool elect_one() {
     return elected != 0;
 }
 
-// ---- numbers: "ex2", "cvt", "stmatrix"
+// ---- numbers: "ex2", "cvt", "st", "stmatrix"
 
 __device__ inline float exp2_approx(float x) {
     float y;
@@ -197,6 +197,12 @@ __device__ inline uint32_t pack(float low, float high) {
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     }
     return both;
+}
+
+// 16 bytes, to a multiple of 16.
+__device__ inline void store_chunk(uint32_t to, uint32_t const (&a)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+                 : "memory");
 }
 
 // Four matrices of 8 x 8 16-bit values, one to a register: lane l holds values 2 (l % 4) and the next of row l / 4.

@@ -26,9 +26,9 @@ void check(TensorView const& t, char const* name, DType dtype, Shape size) {
 
 // `heads` is any tensor (B, L, N, D) of the call.
 Sizes sizes_of(TensorView const& heads, TensorView const& cos) {
-    HUNYUAN_CHECK(heads.ndim == 4 && heads.numel() > 0, "q must be (B, L, N, D), not empty, got ", heads.shape());
+    HUNYUAN_CHECK(heads.ndim == 4 && heads.numel() > 0, "heads must be (B, L, N, D), not empty, got ", heads.shape());
     HUNYUAN_CHECK(heads.dtype == DType::f32 || heads.dtype == DType::f16 || heads.dtype == DType::bf16,
-                  "q must be float32, float16 or bfloat16, got ", name_of(heads.dtype));
+                  "heads must be float32, float16 or bfloat16, got ", name_of(heads.dtype));
     HUNYUAN_CHECK(cos.ndim == 2, "cos must be (L_video, D), got ", cos.shape());
     Sizes const sizes{heads.size[0], heads.size[1], heads.size[2], heads.size[3], cos.size[0]};
     HUNYUAN_CHECK(sizes.D % 2 == 0 && sizes.D <= kMaxD, "D must be even and at most ", kMaxD, ", got ", sizes.D);
@@ -95,14 +95,16 @@ void forward_host(TensorView const& qkv, TensorView const& q_weight, TensorView 
                   TensorView const& text_q_weight, TensorView const& text_k_weight, double eps, TensorView const& q,
                   TensorView const& k, TensorView const& v, int num_threads) {
     ForwardParams p;
-    auto const sizes = sizes_of(q, cos);
-    fill(p, q.dtype, sizes, qkv, q_weight, k_weight, cos, sin, text_qkv, text_q_weight, text_k_weight, eps);
-    p.out[0] = heads(q, "q", q.dtype, sizes);
-    p.out[1] = heads(k, "k", q.dtype, sizes);
-    p.out[2] = heads(v, "v", q.dtype, sizes);
-    p.streams = streamed(q, sizes);
-    for (TensorView const* each : {&k, &v}) p.streams = streamed(*each, sizes) && p.streams;
-    forward_cpu(q.dtype, p, num_threads);
+    auto const sizes = sizes_of(k, cos);
+    fill(p, k.dtype, sizes, qkv, q_weight, k_weight, cos, sin, text_qkv, text_q_weight, text_k_weight, eps);
+    if (q.given()) p.out[0] = heads(q, "q", k.dtype, sizes);
+    p.out[1] = heads(k, "k", k.dtype, sizes);
+    p.out[2] = heads(v, "v", k.dtype, sizes);
+    p.streams = streamed(k, sizes);
+    for (TensorView const* each : {&q, &v}) {
+        if (each->given()) p.streams = streamed(*each, sizes) && p.streams;
+    }
+    forward_cpu(k.dtype, p, num_threads);
 }
 
 void backward_host(TensorView const& dq, TensorView const& dk, TensorView const& dv, TensorView const& qkv,

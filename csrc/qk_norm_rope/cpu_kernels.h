@@ -188,6 +188,7 @@ void forward_rows(ForwardParams const& p, int64_t begin, int64_t end) {
         Stream const& stream = p.stream[row.which];
         auto const* packed = row_of<T>(stream.qkv, row);
         for (int i = 0; i < 2; ++i, packed += sizes.N * sizes.D) {
+            if (p.out[i].data == nullptr) continue;
             lay_out<T>(gains, p, row, stream.weights[i]);
             auto const run = row.rotated ? forward_heads<T, true> : forward_heads<T, false>;
             run(p, gains, packed, row_of<T>(p.out[i], row), p.out[i].stride_n);

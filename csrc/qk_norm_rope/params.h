@@ -59,7 +59,7 @@ struct Inputs {
 
 // q = rotate(x / rms(x) * weight), k alike, v copied.
 struct ForwardParams : Inputs {
-    Heads out[3];  // q, k, v
+    Heads out[3];  // q, k, v; q may be missing, with null for its data
     bool streams = false;  // past the caches
 };
 

@@ -35,7 +35,31 @@ struct HopperParams {
     int cluster = 1;       // how many thread blocks share the tiles of keys that they fetch: 1 or 2
 };
 
+// Rows of a packed projection, (B, rows, N, D) with adjacent heads, and the norm that they have yet to go through.
+struct RawRows {
+    void const* data = nullptr;
+    int64_t stride_b = 0;
+    int stride_l = 0;
+    float const* weight = nullptr;  // (D,)
+};
+
+// Queries before norm and rotation, in the place of `q`. Row `second` of the joint sequence is the first one of the
+// second stream; where there is one stream only, that is L, and the second is the same. Tables are (rotated, D), of
+// which even features are read; they lie within 2^31 elements.
+struct RawQueries {
+    RawRows stream[2];
+    int second = 0;
+    int rotated = 0;  // the first rows of the joint sequence
+    float const* cos = nullptr;
+    float const* sin = nullptr;
+    int stride_table = 0;  // from row to row, of both
+    float eps = 0;
+};
+
 void run_hopper_bf16(HopperParams const& params, void* stream);
 void run_hopper_f16(HopperParams const& params, void* stream);
+// With queries that come raw; the tile of keys is 176.
+void run_hopper_raw_bf16(HopperParams const& params, RawQueries const& queries, void* stream);
+void run_hopper_raw_f16(HopperParams const& params, RawQueries const& queries, void* stream);
 
 }  // namespace hunyuan_fast::rope3d_attention

@@ -22,24 +22,24 @@ struct Shared {
     uint32_t base;
     int rank;  // of the block in its cluster
 
-    __device__ uint32_t queries(int consumer) const { return base + consumer * S::kQueryBytes; }
+    __device__ uint32_t queries(int buffer) const { return base + buffer * S::kQueryBytes; }
     __device__ uint32_t keys(int stage) const { return base + S::kKeysAt + stage * S::kTileBytes; }
     __device__ uint32_t values(int stage) const { return base + S::kValuesAt + stage * S::kTileBytes; }
     __device__ uint32_t barrier(int i) const { return base + S::kBarriersAt + i * 8; }
-    __device__ uint32_t queries_full(int consumer) const { return barrier(consumer); }
-    __device__ uint32_t queries_empty(int consumer) const { return barrier(kConsumers + consumer); }
-    __device__ uint32_t keys_full(int stage) const { return barrier(2 * kConsumers + stage); }
-    __device__ uint32_t keys_empty(int stage) const { return barrier(2 * kConsumers + kStages + stage); }
-    __device__ uint32_t values_full(int stage) const { return barrier(2 * kConsumers + 2 * kStages + stage); }
-    __device__ uint32_t values_empty(int stage) const { return barrier(2 * kConsumers + 3 * kStages + stage); }
-    __device__ uint32_t key_tail(int stage) const { return barrier(2 * kConsumers + 4 * kStages + stage); }
-    __device__ uint32_t value_tail(int stage) const { return barrier(2 * kConsumers + 5 * kStages + stage); }
+    __device__ uint32_t queries_full(int buffer) const { return barrier(buffer); }
+    __device__ uint32_t queries_empty(int buffer) const { return barrier(S::kQueryBuffers + buffer); }
+    __device__ uint32_t keys_full(int stage) const { return barrier(2 * S::kQueryBuffers + stage); }
+    __device__ uint32_t keys_empty(int stage) const { return barrier(2 * S::kQueryBuffers + kStages + stage); }
+    __device__ uint32_t values_full(int stage) const { return barrier(2 * S::kQueryBuffers + 2 * kStages + stage); }
+    __device__ uint32_t values_empty(int stage) const { return barrier(2 * S::kQueryBuffers + 3 * kStages + stage); }
+    __device__ uint32_t key_tail(int stage) const { return barrier(2 * S::kQueryBuffers + 4 * kStages + stage); }
+    __device__ uint32_t value_tail(int stage) const { return barrier(2 * S::kQueryBuffers + 5 * kStages + stage); }
 
     // By one thread, before any other uses them.
     __device__ void init_barriers() const {
-        for (int consumer = 0; consumer < kConsumers; ++consumer) {
-            sm90::init_barrier(queries_full(consumer), 1);
-            sm90::init_barrier(queries_empty(consumer), kConsumerWarps / kConsumers);  // a lane of each warp
+        for (int buffer = 0; buffer < S::kQueryBuffers; ++buffer) {
+            sm90::init_barrier(queries_full(buffer), S::kRaw ? kPreparers : 1);
+            sm90::init_barrier(queries_empty(buffer), kConsumerWarps / kConsumers);  // a lane of each warp
         }
         for (int stage = 0; stage < kStages; ++stage) {
             sm90::init_barrier(keys_full(stage), 1);
@@ -167,8 +167,10 @@ __device__ void fetch_item(HopperParams const& p, Maps const& maps, Shared<S> co
     wait_together(shared.keys_empty(keys.stage), keys.phase ^ 1);
     fetch_last<T, S>(shared.keys(keys.stage), maps.k, p.k, last, valid, item, shared.rank, lane, shared.keys_full(keys.stage),
                      shared.key_tail(keys.stage));
-    if (lane == 0) fetch_queries(shared, maps.q, item, progress.items & 1);
-    __syncwarp();
+    if constexpr (!S::kRaw) {
+        if (lane == 0) fetch_queries(shared, maps.q, item, progress.items & 1);
+        __syncwarp();
+    }
     wait_together(shared.values_empty(values.stage), values.phase ^ 1);
     fetch_last<T, S>(shared.values(values.stage), maps.v, p.v, last, valid, item, shared.rank, lane,
                      shared.values_full(values.stage), shared.value_tail(values.stage));

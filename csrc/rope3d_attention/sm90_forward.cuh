@@ -9,6 +9,7 @@
 #include "common/sm90_launch.cuh"
 #include "common/sm90_products.cuh"
 #include "rope3d_attention/sm90_fetch.cuh"
+#include "rope3d_attention/sm90_queries.cuh"
 #include "rope3d_attention/sm90_softmax.cuh"
 
 namespace hunyuan_fast::rope3d_attention {
@@ -84,12 +85,13 @@ __device__ void attend(HopperParams const& p, Shared<S> const& shared, int consu
     int const tiles = ceil_div(valid, S::kKeys), in_last = valid - (tiles - 1) * S::kKeys;
     bool const tail = in_last < S::kKeys;
     float const scale = p.scale * kLog2E;
-    uint32_t const queries = shared.queries(consumer);
+    QueryBuffer const buffer = query_buffer<S>(consumer, progress.items);
+    uint32_t const queries = shared.queries(buffer.index);
     sm90::Ring<kStages>&keys = progress.keys, &values = progress.values;
     float scores[S::kKeys / 2], correction[2];
     uint32_t probabilities[S::kKeys / 16][4];
 
-    sm90::wait(shared.queries_full(consumer), progress.items & 1);
+    sm90::wait(shared.queries_full(buffer.index), buffer.phase);
     sm90::wait(shared.keys_full(keys.stage), keys.phase);
     if (tail) {
         sm90::wait(shared.key_tail(keys.stage), progress.tail_phase(keys.stage));
@@ -135,7 +137,7 @@ __device__ void attend(HopperParams const& p, Shared<S> const& shared, int consu
         pack_probabilities<T, S::kKeys>(scores, probabilities);
     }
 
-    if (lane == 0) sm90::arrive(shared.queries_empty(consumer));
+    if (lane == 0) sm90::arrive(shared.queries_empty(buffer.index));
     ++progress.items;
     sm90::wait(shared.values_full(values.stage), values.phase);
     __syncwarp();
@@ -238,7 +240,8 @@ __device__ void produce(HopperParams const& p, Maps const& maps, Shared<S> const
 
 template <class T, class S>
 __global__ void __launch_bounds__(kThreads, 1)
-    forward_kernel(__grid_constant__ HopperParams const p, __grid_constant__ Maps const maps, uint32_t items) {
+    forward_kernel(__grid_constant__ HopperParams const p, __grid_constant__ Maps const maps, uint32_t items,
+                   __grid_constant__ QueriesOf<S> const raw) {
 #ifdef HUNYUAN_SM90A
     uint32_t const start = sm90::shared_address(sm90::dynamic_shared());
     Shared<S> const shared{(start + sm90::kAtomBytes - 1) / sm90::kAtomBytes * sm90::kAtomBytes,
@@ -248,7 +251,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     int const role = __shfl_sync(~0u, int(threadIdx.x) / sm90::kWarpgroup, 0);
     if (role == 0) {
         sm90::give_registers<kProducerRegisters>();
-        if (threadIdx.x < 32) produce<T, S>(p, maps, shared, items);
+        if constexpr (S::kRaw) {
+            int const warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
+            warp == 0 ? produce<T, S>(p, maps, shared, items) : prepare<T, S>(p, raw, shared, items, warp - 1);
+        } else {
+            if (threadIdx.x < 32) produce<T, S>(p, maps, shared, items);
+        }
     } else {
         sm90::take_registers<kConsumerRegisters>();
         consume<T, S>(p, shared, role - 1, items);
@@ -270,25 +278,26 @@ sm90::TensorMap map_of(HopperParams const& p, Rows const& rows, int box_rows) {
     return sm90::make_tensor_map(box);
 }
 
-template <class T, int D, int Keys, int Cluster>
-void run_shape(HopperParams const& p, void* stream) {
-    using S = Shape<D, Keys, Cluster>;
-    Maps const maps{map_of<T>(p, p.q, sm90::kBlockRows), map_of<T>(p, p.k, S::kFetchedKeys),
+// `raw`: where queries come from that are not in `p`.
+template <class T, class S>
+void run_shape(HopperParams const& p, QueriesOf<S> const& raw, void* stream) {
+    constexpr int Cluster = S::kCluster;
+    Maps const maps{map_of<T>(p, S::kRaw ? p.k : p.q, sm90::kBlockRows), map_of<T>(p, p.k, S::kFetchedKeys),
                     map_of<T>(p, p.v, S::kFetchedKeys)};
     auto const items = uint32_t(items_of(p));
     unsigned const most = unsigned(sm90::processors()) / Cluster;
     unsigned const blocks = (items < most ? items : most) * Cluster;
     auto const kernel = forward_kernel<T, S>;
     if constexpr (Cluster == 1) {
-        sm90::launch(kernel, blocks, kThreads, S::kAllocated, stream, p, maps, items);
+        sm90::launch(kernel, blocks, kThreads, S::kAllocated, stream, p, maps, items, raw);
     } else {
-        sm90::launch_clusters(kernel, Cluster, blocks, kThreads, S::kAllocated, stream, p, maps, items);
+        sm90::launch_clusters(kernel, Cluster, blocks, kThreads, S::kAllocated, stream, p, maps, items, raw);
     }
 }
 
 template <class T, int D, int Keys>
 void run_tile(HopperParams const& p, void* stream) {
-    p.cluster == 2 ? run_shape<T, D, Keys, 2>(p, stream) : run_shape<T, D, Keys, 1>(p, stream);
+    p.cluster == 2 ? run_shape<T, Shape<D, Keys, 2>>(p, {}, stream) : run_shape<T, Shape<D, Keys, 1>>(p, {}, stream);
 }
 
 template <class T>
@@ -296,6 +305,17 @@ void run_hopper(HopperParams const& p, void* stream) {
     bool const wide = p.key_tile == 176;
     if (p.D == 64) return wide ? run_tile<T, 64, 176>(p, stream) : run_tile<T, 64, 128>(p, stream);
     wide ? run_tile<T, 128, 176>(p, stream) : run_tile<T, 128, 128>(p, stream);
+}
+
+template <class T, int D>
+void run_raw_tile(HopperParams const& p, RawQueries const& raw, void* stream) {
+    p.cluster == 2 ? run_shape<T, Shape<D, 176, 2, true>>(p, raw, stream)
+                   : run_shape<T, Shape<D, 176, 1, true>>(p, raw, stream);
+}
+
+template <class T>
+void run_hopper_raw(HopperParams const& p, RawQueries const& raw, void* stream) {
+    p.D == 64 ? run_raw_tile<T, 64>(p, raw, stream) : run_raw_tile<T, 128>(p, raw, stream);
 }
 
 }  // namespace hunyuan_fast::rope3d_attention

@@ -1,7 +1,8 @@
 // All index arithmetic of the Hopper kernels, as functions of numbers: host tests run the same.
 //
 // A thread block takes 128 query rows of one head, 64 for each of two consumer warpgroups, and goes through the keys in
-// tiles. Warpgroup 0 fetches. In a cluster of two blocks, neighbours in rows, each fetches half of every tile for both.
+// tiles. Warpgroup 0 fetches, and prepares queries that come raw. In a cluster of two blocks, neighbours in rows, each
+// fetches half of every tile for both.
 #pragma once
 
 #include "common/sm90_layout.h"
@@ -14,14 +15,18 @@ constexpr int kConsumers = 2;
 constexpr int kConsumerWarps = kConsumers * sm90::kWarpgroup / 32;
 constexpr int kQueryRows = kConsumers * sm90::kBlockRows;
 constexpr int kStages = 2;
+constexpr int kPreparers = 3;  // warps
 
 HUNYUAN_HOST_DEVICE constexpr int ceil_div(int n, int by) { return n / by + (n % by != 0); }
 
-// Shared memory from a multiple of 1024 bytes on: the queries of each consumer, stages of keys, stages of values,
+// Shared memory from a multiple of 1024 bytes on: the queries of each consumer (and, where they come raw, of one more:
+// so those that come next are prepared before the last ones are done with), stages of keys, stages of values,
 // barriers. An operand is blocks of 64 features, of a row of 128 bytes for each token.
-template <int D, int Keys, int Cluster>
+template <int D, int Keys, int Cluster, bool Raw = false>
 struct Shape {
     static_assert(D % sm90::kRowElements == 0 && Keys % sm90::kDepth == 0);
+    static constexpr bool kRaw = Raw;
+    static constexpr int kQueryBuffers = kConsumers + Raw;
     static constexpr int kCluster = Cluster;
     static constexpr int kFetchedKeys = Keys / Cluster;  // of a tile, by one block
     static constexpr int kFeatures = D;
@@ -32,10 +37,10 @@ struct Shape {
     static constexpr uint32_t kFetchedBlockBytes = kFetchedKeys * sm90::kRowBytes;
     static constexpr uint32_t kQueryBytes = kBlocks * kQueryBlockBytes;
     static constexpr uint32_t kTileBytes = kBlocks * kKeyBlockBytes;
-    static constexpr uint32_t kKeysAt = kConsumers * kQueryBytes;
+    static constexpr uint32_t kKeysAt = kQueryBuffers * kQueryBytes;
     static constexpr uint32_t kValuesAt = kKeysAt + kStages * kTileBytes;
     static constexpr uint32_t kBarriersAt = kValuesAt + kStages * kTileBytes;
-    static constexpr int kBarriers = 2 * kConsumers + 6 * kStages;
+    static constexpr int kBarriers = 2 * kQueryBuffers + 6 * kStages;
     static constexpr uint32_t kAllocated = kBarriersAt + kBarriers * 8 + sm90::kAtomBytes;  // for the alignment
 
     static_assert(Keys % Cluster == 0 && kFetchedBlockBytes % sm90::kAtomBytes == 0);
@@ -65,6 +70,26 @@ HUNYUAN_HOST_DEVICE constexpr Item item_of(HopperParams const& p, uint32_t index
 
 HUNYUAN_HOST_DEVICE constexpr int first_query(Item const& item, int rank, int consumer) {
     return item.first_row + rank * kQueryRows + consumer * sm90::kBlockRows;
+}
+
+// ---- buffers of queries
+
+struct QueryBuffer {
+    int index = 0;
+    uint32_t phase = 0;  // the parity of how often it was filled before
+};
+
+// Raw queries go from buffer to buffer: those of one consumer, those of the other, those of the next item.
+template <class S>
+HUNYUAN_HOST_DEVICE constexpr QueryBuffer raw_buffer(uint32_t filled_before) {
+    return {int(filled_before % S::kQueryBuffers), filled_before / S::kQueryBuffers & 1};
+}
+
+// Of a consumer that has had the queries of so many items before.
+template <class S>
+HUNYUAN_HOST_DEVICE constexpr QueryBuffer query_buffer(int consumer, uint32_t items) {
+    if constexpr (S::kRaw) return raw_buffer<S>(items * kConsumers + uint32_t(consumer));
+    return {consumer, items & 1};
 }
 
 // ---- tiles of keys

@@ -1,9 +1,13 @@
 """Self-attention as the blocks use it: packed projections or heads in, joined heads out."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from hunyuan_fast.ops.fp8_attention import fp8_attention
+from hunyuan_fast.ops.norm_rope_attention import norm_rope_attention
+from hunyuan_fast.ops.qk_norm_rope import qk_norm_rope
 from hunyuan_fast.ops.rope3d_attention import attention
 from hunyuan_fast.ops.sliding_tile_attention import SlidingTiles
 
@@ -62,6 +66,34 @@ class JointAttention(nn.Module):
             windows = self.windows.expand(q.shape[2], 3)
             pattern = SlidingTiles(pattern.grid, pattern.tile, windows)
         return _attended(q, k, v, kv_len, out, pattern)
+
+    def of_packed(
+        self,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor],
+        kv_len: Tensor,
+        *,
+        num_heads: int,
+        text_qkv: Tensor | None = None,
+        text_norms: tuple[Tensor | None, Tensor | None] = (None, None),
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The same of packed projections, whose queries and keys are normalised and rotated first.
+
+        qkv, text_qkv, and the weights in norms and text_norms, of queries and of keys: as
+        ``qk_norm_rope`` takes them
+        """
+        heads: dict[str, Any] = {
+            "num_heads": num_heads,
+            "text_qkv": text_qkv,
+            "text_q_weight": text_norms[0],
+            "text_k_weight": text_norms[1],
+        }
+        plain = self.precision == "same" and self.pattern is None
+        if plain and not torch.is_grad_enabled():
+            return norm_rope_attention(qkv, *norms, *rotary, kv_len=kv_len, out=out, **heads)
+        return self(*qk_norm_rope(qkv, *norms, *rotary, **heads), kv_len, out)
 
     def set(
         self, *, precision: str | None = None, pattern: SlidingTiles | str | None = None

@@ -16,6 +16,7 @@ from hunyuan_fast.ops.group_norm_silu import (
     merge_group_norm_stats,
 )
 from hunyuan_fast.ops.group_norm_silu_conv3d import group_norm_silu_conv3d
+from hunyuan_fast.ops.norm_rope_attention import norm_rope_attention
 from hunyuan_fast.ops.qk_norm_rope import qk_norm_rope
 from hunyuan_fast.ops.rope3d_attention import apply_rope3d, attention, rope3d_attention
 from hunyuan_fast.ops.sliding_tile_attention import SlidingTiles, sliding_tile_attention
@@ -37,6 +38,7 @@ __all__ = [
     "group_norm_stats",
     "layer_norm_modulate",
     "merge_group_norm_stats",
+    "norm_rope_attention",
     "qk_norm_rope",
     "rope3d_attention",
     "sliding_tile_attention",

@@ -49,6 +49,24 @@ def qk_norm_rope(
     tensor; a second derivative is refused.
     Raises TypeError or ValueError when shapes, dtypes, devices, num_heads or eps do not fit.
     """
+    text = text_qkv, text_q_weight, text_k_weight
+    check_arguments(qkv, q_weight, k_weight, cos, sin, num_heads, *text, eps)
+    return _forward(qkv, q_weight, k_weight, cos, sin, num_heads, *text, float(eps))
+
+
+def check_arguments(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    text_qkv: Tensor | None,
+    text_q_weight: Tensor | None,
+    text_k_weight: Tensor | None,
+    eps: float,
+) -> None:
+    """Raise TypeError or ValueError when shapes, dtypes, devices, num_heads or eps do not fit."""
     _check_packed("qkv", qkv)
     head_dim = _head_dim(qkv, num_heads)
     _check_weight("q_weight", q_weight, head_dim, qkv)
@@ -69,12 +87,10 @@ def qk_norm_rope(
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite, got {eps}")
-    text = text_qkv, text_q_weight, text_k_weight
-    return _forward(qkv, q_weight, k_weight, cos, sin, num_heads, *text, float(eps))
 
 
 # What forward takes, and backward behind the gradients of q, k and v.
-_ARGUMENTS = (
+ARGUMENTS = (
     "Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, SymInt num_heads, "
     "Tensor? text_qkv, Tensor? text_q_weight, Tensor? text_k_weight, float eps"
 )
@@ -132,14 +148,14 @@ def _gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | N
 
 
 _forward = define(
-    f"qk_norm_rope({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    f"qk_norm_rope({ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _forward_kernel,
     _fake_forward,
     save=_save,
     gradients=_gradients,
 )
 _backward = define(
-    f"qk_norm_rope_bwd(Tensor dq, Tensor dk, Tensor dv, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    f"qk_norm_rope_bwd(Tensor dq, Tensor dk, Tensor dv, {ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _backward_kernel,
     _fake_backward,
     gradients=refuse_second_derivative("qk_norm_rope"),

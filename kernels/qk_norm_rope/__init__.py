@@ -26,7 +26,8 @@ the gradients of the weights are sums over all rows, padding included, so a NaN 
 them.
 
     forward(qkv, q_weight, k_weight, cos, sin, num_heads, text_qkv, text_q_weight, text_k_weight,
-            eps) -> q, k, v, each (B, L, N, D) of the joint sequence
+            eps, *, with_q=True) -> q, k, v, each (B, L, N, D) of the joint sequence; None for q
+            where it is not wanted
     backward(dq, dk, dv, *the arguments of forward) -> dqkv, dtext_qkv, dweights
     supports(*the arguments of forward) -> None, or why not
 

@@ -32,15 +32,17 @@ def forward(
     text_q_weight: Tensor | None,
     text_k_weight: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *,
+    with_q: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """q, k, v of the joint sequence, each (B, L, N, D)."""
     batch, length, _ = qkv.shape
     if text_qkv is not None:
         length += text_qkv.shape[1]
     shape = (batch, length, num_heads, q_weight.shape[0])
-    q = torch.empty(shape, dtype=qkv.dtype)
-    k, v = torch.empty_like(q), torch.empty_like(q)
-    if q.numel():
+    q = torch.empty(shape, dtype=qkv.dtype) if with_q else None
+    k, v = (torch.empty(shape, dtype=qkv.dtype) for _ in range(2))
+    if k.numel():
         _C.qk_norm_rope_forward_cpu(
             _rows(qkv),
             _vector(q_weight),

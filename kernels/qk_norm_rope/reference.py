@@ -33,15 +33,19 @@ def forward(
     text_q_weight: Tensor | None,
     text_k_weight: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *,
+    with_q: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """q, k, v of the joint sequence, each (B, L, N, D)."""
     with _no_autocast(qkv):
-        tables = _tables(cos, sin, qkv.dtype)
-        streams = [_stream(qkv, q_weight, k_weight, tables, num_heads, eps)]
+        streams = [(qkv, q_weight, k_weight, _tables(cos, sin, qkv.dtype))]
         if text_qkv is not None:
             assert text_q_weight is not None and text_k_weight is not None
-            streams.append(_stream(text_qkv, text_q_weight, text_k_weight, None, num_heads, eps))
-        q, k, v = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
+            streams.append((text_qkv, text_q_weight, text_k_weight, None))
+        parts = [_stream(*stream, num_heads, eps, with_q) for stream in streams]
+        q, k, v = (
+            None if part[0] is None else torch.cat(part, dim=1) for part in zip(*parts, strict=True)
+        )
     return q, k, v
 
 
@@ -77,15 +81,21 @@ def backward(
 
 
 def _stream(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, tables: Tables | None, heads: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    tables: Tables | None,
+    heads: int,
+    eps: float,
+    with_q: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """q, k, v of one stream, whose first rows the tables rotate."""
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
-    q, k = (
+    turned = [
         _rotate(_normalise(x, eps)[0] * _wide(weight), tables).to(qkv.dtype)
-        for x, weight in ((q, q_weight), (k, k_weight))
-    )
-    return q, k, v
+        for x, weight in ((q, q_weight), (k, k_weight))[not with_q :]
+    ]
+    return turned[0] if with_q else None, turned[-1], v
 
 
 def _stream_backward(

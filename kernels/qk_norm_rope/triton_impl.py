@@ -52,12 +52,15 @@ def forward(
     text_q_weight: Tensor | None,
     text_k_weight: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *,
+    with_q: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """q, k, v of the joint sequence, each (B, L, N, D)."""
     batch, length, _ = qkv.shape
     text_length = 0 if text_qkv is None else text_qkv.shape[1]
     shape = (batch, length + text_length, num_heads, q_weight.shape[0])
-    q, k, v = (qkv.new_empty(shape) for _ in range(3))
+    k, v = (qkv.new_empty(shape) for _ in range(2))
+    q = qkv.new_empty(shape) if with_q else None
     tables = _rows(cos), _rows(sin)
     with _device_of(qkv):
         _launch_forward(qkv, q_weight, k_weight, tables, cos.shape[0], (q, k, v), 0, eps)
@@ -106,7 +109,7 @@ def _launch_forward(
     k_weight: Tensor,
     tables: tuple[Tensor, Tensor],
     video_rows: int,
-    heads: tuple[Tensor, Tensor, Tensor],
+    heads: tuple[Tensor | None, Tensor, Tensor],
     first_row: int,
     eps: float,
 ) -> None:
@@ -114,7 +117,8 @@ def _launch_forward(
     batch, rows, _ = qkv.shape
     if not qkv.numel():
         return
-    _, joint_rows, num_heads, head_dim = heads[0].shape
+    q, k, v = heads
+    _, joint_rows, num_heads, head_dim = k.shape
     tile = triton_tile(head_dim)
     blocks = triton.cdiv(rows, tile.rows)
     per_program = heads_per_program(batch * blocks, num_heads)
@@ -126,7 +130,9 @@ def _launch_forward(
         k_weight.contiguous(),
         cos,
         sin,
-        *heads,
+        k if q is None else q,
+        k,
+        v,
         rows,
         video_rows,
         first_row,
@@ -140,6 +146,7 @@ def _launch_forward(
         D=head_dim,
         BLOCK_D=tile.block,
         ROWS=tile.rows,
+        WITH_Q=q is not None,
         num_warps=tile.num_warps,
     )
 

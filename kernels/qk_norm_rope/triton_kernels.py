@@ -89,8 +89,9 @@ def forward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
+    WITH_Q: tl.constexpr = True,
 ):
-    """Writes q, k and v of some rows and heads of one stream into the joint tensors."""
+    """Writes q (or not), k and v of some rows and heads of one stream into the joint tensors."""
     groups = tl.cdiv(num_heads, heads_per_program)
     first_head = (tl.program_id(0) % groups) * heads_per_program
     b = tl.program_id(1).to(tl.int64)
@@ -112,13 +113,15 @@ def forward_kernel(
     for head in range(first_head, tl.minimum(first_head + heads_per_program, num_heads)):
         feature = (head * D + d)[None, :]
         q_tile = qkv_ptr + packed + feature
-        q = tl.load(q_tile, mask=valid, other=0.0, eviction_policy="evict_first")
+        if WITH_Q:
+            q = tl.load(q_tile, mask=valid, other=0.0, eviction_policy="evict_first")
         k = tl.load(q_tile + width, mask=valid, other=0.0, eviction_policy="evict_first")
         v = tl.load(q_tile + 2 * width, mask=valid, other=0.0, eviction_policy="evict_first")
         at = joint + feature
         tl.store(v_ptr + at, v, mask=valid)
-        q = _turned(q, q_even, q_odd, cos, sin, is_video, eps, D, ROWS, BLOCK_D)
-        tl.store(q_ptr + at, q.to(dtype), mask=valid)
+        if WITH_Q:
+            q = _turned(q, q_even, q_odd, cos, sin, is_video, eps, D, ROWS, BLOCK_D)
+            tl.store(q_ptr + at, q.to(dtype), mask=valid)
         k = _turned(k, k_even, k_odd, cos, sin, is_video, eps, D, ROWS, BLOCK_D)
         tl.store(k_ptr + at, k.to(dtype), mask=valid)
 

@@ -22,6 +22,7 @@ _QUERY_TILE = 128  # kQueryRows in csrc/rope3d_attention/sm90_layout.h
 _MOST_TILES = 2**31 - 2**10  # of queries: they are counted in 31 bits
 _CONTIGUOUS = torch.contiguous_format
 _CHUNK = 8  # values in 16 bytes, which rows begin at a multiple of
+_FAR = 2**31 - 2**10  # elements, counted in 31 bits
 
 
 def supports(
@@ -67,19 +68,80 @@ def forward(
     if cluster is None:
         cluster = _blocks_of_cluster(q)
     q, k, v = (x if _is_aligned(x) else x.clone(memory_format=_CONTIGUOUS) for x in (q, k, v))
-    batch, length, num_heads, _ = q.shape
-    aligned = out is not None and _is_aligned(out)
-    result = out if aligned else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, num_heads, length), dtype=torch.float32, device=q.device)
+    written, lse = _results(q, out)
     with torch.cuda.device(q.device):
         stream = torch.cuda.current_stream(q.device).cuda_stream
         _C.rope3d_attention_forward_hopper(
-            q, k, v, kv_len, scale, result, lse, key_tile, cluster, stream
+            q, k, v, kv_len, scale, written, lse, key_tile, cluster, stream
         )
-    if out is not None and not aligned:
-        out.copy_(result)
-        result = out
-    return result, lse
+    return _delivered(written, out), lse
+
+
+def supports_raw(qkv: Tensor, cos: Tensor, text_qkv: Tensor | None) -> str | None:
+    """None, or why ``forward_raw`` cannot take what ``forward`` could take once it is prepared."""
+    for name, x in (("qkv", qkv), ("text_qkv", text_qkv)):
+        if x is None:
+            continue
+        aligned = x.data_ptr() % 16 == 0 and x.stride(2) == 1
+        if not aligned or any(step % _CHUNK or not 0 <= step <= _FAR for step in x.stride()[:2]):
+            return (
+                f"rows of {name} must begin at multiples of 16 bytes, its strides are {x.stride()}"
+            )
+    if cos.shape[0] * max(cos.shape[1], cos.stride(0)) > _FAR:
+        return f"the tables must lie within {_FAR} elements, the shape is {tuple(cos.shape)}"
+    return None
+
+
+def forward_raw(
+    qkv: Tensor,
+    q_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    text_qkv: Tensor | None,
+    text_q_weight: Tensor | None,
+    eps: float,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    *,
+    cluster: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``forward`` with q still in the packed projection: its norm and rotation come with it.
+
+    qkv to eps: as for ``qk_norm_rope``. k, v: ready, (B, L, N, D) of the joint sequence.
+    """
+    if cluster is None:
+        cluster = _blocks_of_cluster(k)
+    k, v = (x if _is_aligned(x) else x.clone(memory_format=_CONTIGUOUS) for x in (k, v))
+    if cos.stride() != sin.stride() or cos.stride(1) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    written, lse = _results(k, out)
+    weights = (None if w is None else w.float().contiguous() for w in (q_weight, text_q_weight))
+    weight, text_weight = weights
+    raw = qkv, weight, cos, sin, text_qkv, text_weight, eps
+    with torch.cuda.device(k.device):
+        stream = torch.cuda.current_stream(k.device).cuda_stream
+        _C.rope3d_attention_forward_raw_hopper(
+            *raw, k, v, kv_len, scale, written, lse, cluster, stream
+        )
+    return _delivered(written, out), lse
+
+
+def _results(like: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the kernel writes: ``out``, or a tensor in its place, and the log-sum-exp."""
+    batch, length, num_heads, _ = like.shape
+    lse = torch.empty((batch, num_heads, length), dtype=torch.float32, device=like.device)
+    if out is not None and _is_aligned(out):
+        return out, lse
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device), lse
+
+
+def _delivered(written: Tensor, out: Tensor | None) -> Tensor:
+    if out is None or written is out:
+        return written
+    return out.copy_(written)
 
 
 def backward(

@@ -102,7 +102,10 @@ class Emulator:
 @pytest.fixture
 def emulated(impl, monkeypatch) -> Emulator:
     """In the place of the native functions, and of a device to call them on."""
-    emulator = Emulator()
+    return emulated_by(Emulator(), impl, monkeypatch)
+
+
+def emulated_by(emulator: Emulator, impl, monkeypatch) -> Emulator:
     monkeypatch.setattr(impl, "_C", emulator)
     monkeypatch.setattr(torch.cuda, "device", torch.device)
     stream = SimpleNamespace(cuda_stream=0)
@@ -303,7 +306,7 @@ def test_native_refusals():
         options = (scale, q, lse, key_tile, cluster, 0)
         native.rope3d_attention_forward_hopper(q, q, q, None, *options)
 
-    with pytest.raises(ValueError, match="q must be on a CUDA device"):
+    with pytest.raises(ValueError, match="k must be on a CUDA device"):
         call()
     with pytest.raises(ValueError, match="must be bfloat16 or float16"):
         call(q.float())

@@ -1,5 +1,7 @@
 """The transformer blocks: two streams that meet in attention, then one stream for all tokens."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,6 @@ from hunyuan_fast.ops.fused_modulation import (
     layer_norm_modulate,
 )
 from hunyuan_fast.ops.gelu_tanh import concat_gelu_tanh, gelu_tanh
-from hunyuan_fast.ops.qk_norm_rope import qk_norm_rope
 
 STREAMS = ("img", "txt")
 
@@ -62,17 +63,15 @@ class DoubleStreamBlock(nn.Module):
             )
             for stream in STREAMS
         }
-        text_norms = self._norms("txt")
-        q, k, v = qk_norm_rope(
+        attended = self.attention.of_packed(
             packed["img"],
-            *self._norms("img"),
-            *rotary,
+            self._norms("img"),
+            rotary,
+            kv_len,
             num_heads=self.num_heads,
             text_qkv=packed["txt"],
-            text_q_weight=text_norms[0],
-            text_k_weight=text_norms[1],
-        )
-        attended = self.attention(q, k, v, kv_len).flatten(2)
+            text_norms=self._norms("txt"),
+        ).flatten(2)
 
         # each stream goes on alone
         img = self._finish("img", img, attended[:, :num_video], *vectors["img"][2:])
@@ -131,19 +130,21 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         packed = self.linear1(layer_norm_modulate(x, shift, scale))
         qkv, hidden = packed.split(self.widths, dim=-1)
-        q, k, v = qk_norm_rope(
-            qkv, self.q_norm.weight, self.k_norm.weight, *rotary, num_heads=self.num_heads
-        )
-        return gate_residual(x, self.linear2(self._join(q, k, v, kv_len, hidden)), gate)
+        return gate_residual(x, self.linear2(self._join(qkv, rotary, kv_len, hidden)), gate)
 
-    def _join(self, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, hidden: Tensor) -> Tensor:
+    def _join(self, qkv: Tensor, rotary: Tables, kv_len: Tensor, hidden: Tensor) -> Tensor:
         """What attention gives, and beside it the activated features: (B, L, E + mlp_width)."""
+        attend = partial(
+            self.attention.of_packed,
+            *(qkv, (self.q_norm.weight, self.k_norm.weight), rotary, kv_len),
+            num_heads=self.num_heads,
+        )
         if torch.is_grad_enabled():
-            return concat_gelu_tanh(self.attention(q, k, v, kv_len).flatten(2), hidden)
+            return concat_gelu_tanh(attend().flatten(2), hidden)
         # without gradients both write to their place, and nothing is copied
         dim = self.widths[0] // 3
-        joined = q.new_empty(*q.shape[:2], dim + self.widths[1])
-        self.attention(q, k, v, kv_len, joined[..., :dim].unflatten(-1, (self.num_heads, -1)))
+        joined = qkv.new_empty(*qkv.shape[:2], dim + self.widths[1])
+        attend(out=joined[..., :dim].unflatten(-1, (self.num_heads, -1)))
         gelu_tanh(hidden, out=joined[..., dim:])
         return joined
 

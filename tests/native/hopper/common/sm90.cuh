@@ -77,6 +77,7 @@ uint32_t pack(float low, float high) {
     }
 }
 
+inline void store_chunk(uint32_t to, uint32_t const (&a)[4]) { hopper::store_chunk(to, a); }
 inline void store_matrix(uint32_t to, uint32_t const (&a)[4]) { hopper::store_matrix(to, a, false); }
 inline void store_matrix_transposed(uint32_t to, uint32_t const (&a)[4]) { hopper::store_matrix(to, a, true); }
 

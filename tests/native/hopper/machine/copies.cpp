@@ -284,6 +284,13 @@ void finish_stores() {
     machine.stores.clear();
 }
 
+// ---- st.shared
+
+void store_chunk(uint32_t to, uint32_t const* registers) {
+    Stamp const done = self().clock.now(self().source);
+    block().shared.write(to, registers, kChunk, self().clock, done, "st.shared");
+}
+
 // ---- stmatrix: lane l holds values 2 (l % 4) and the next of row l / 4 of each matrix
 
 namespace {

@@ -46,6 +46,7 @@ void wait(uint32_t barrier, uint32_t parity);
 char* dynamic_shared();
 uint32_t shared_address(void const* pointer);
 void fence_async_proxy();
+void store_chunk(uint32_t to, uint32_t const* registers);
 void store_matrix(uint32_t to, uint32_t const* registers, bool transposed);
 
 // ---- copies
