@@ -105,7 +105,7 @@ __device__ inline void compute_now(float x) {
 
 // ---- clusters of blocks, which see each other's shared memory: "barrier.cluster", "mapa"
 
-// All threads of all blocks of the cluster; what they did before is seen after. Warps come together first: a warp in two
+// All threads of all blocks of the cluster; what they did before is seen after. Warps come together first: one in two
 // parts would count twice.
 __device__ inline void sync_cluster() {
     __syncwarp();
