@@ -100,7 +100,7 @@ UNALIGNED = (*SIZES, "joint_rows", "chunk_rows", "num_parts")
 
 
 def specialisation(
-    kernel: str, dtype: str, weight: str, head_dim: int, arch: int
+    kernel: str, dtype: str, weight: str, head_dim: int, arch: int, *, with_q: bool = True
 ) -> Specialisation:
     """What the launcher asks for, with qkv the columns of a wider result of a long clip."""
     tile = config.triton_tile(head_dim)
@@ -108,7 +108,9 @@ def specialisation(
     inputs |= {"qkv_ptr": dtype, "cos_ptr": "*fp32", "sin_ptr": "*fp32", "eps": "fp32"}
     sizes = dict.fromkeys((*SIZES, "stride_l", "stride_cos", "stride_sin"), "i32")
     signature = {**inputs, **sizes, "stride_b": "i64"}
+    constants = {"D": head_dim, "BLOCK_D": tile.block, "ROWS": tile.rows}
     if kernel == "forward_kernel":
+        constants["WITH_Q"] = with_q
         signature |= {"joint_rows": "i32", **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), dtype)}
     else:
         tensors = ("dq_ptr", "dk_ptr", "dv_ptr", "dqkv_ptr")
@@ -120,7 +122,7 @@ def specialisation(
         module=KERNELS,
         kernel=kernel,
         signature=signature,
-        constants={"D": head_dim, "BLOCK_D": tile.block, "ROWS": tile.rows},
+        constants=constants,
         unaligned=tuple(name for name in UNALIGNED if name in signature),
         num_warps=tile.num_warps,
         arch=arch,
@@ -151,6 +153,7 @@ def test_triton_kernels_compiled_ahead_are_lean(arch):
         for kernel in ("forward_kernel", "backward_kernel")
         for choice in choices
     ]
+    wanted.append(specialisation("forward_kernel", *choices[0], arch, with_q=False))
     for report in compile_ahead([*wanted, reduction(arch)]):
         report.assert_lean(max_registers=limits[report.kernel], min_access_bits=128)
         # Heads move in wide accesses only. The narrow ones stand before and after the loop over
