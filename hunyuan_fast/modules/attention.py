@@ -90,8 +90,10 @@ class JointAttention(nn.Module):
             "text_q_weight": text_norms[0],
             "text_k_weight": text_norms[1],
         }
+        # hooks are for queries, keys and values
+        watched = self._forward_hooks or self._forward_pre_hooks
         plain = self.precision == "same" and self.pattern is None
-        if plain and not torch.is_grad_enabled():
+        if plain and not watched and not torch.is_grad_enabled():
             return norm_rope_attention(qkv, *norms, *rotary, kv_len=kv_len, out=out, **heads)
         return self(*qk_norm_rope(qkv, *norms, *rotary, **heads), kv_len, out)
 

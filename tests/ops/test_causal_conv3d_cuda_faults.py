@@ -15,8 +15,12 @@ MACHINE, OURS = "common/sm90_layout.h", "causal_conv3d/sm90_layout.h"
 FAULTS = {
     "rows swizzled as if four were an atom": (MACHINE, "(offset >> 7 & 7)", "(offset >> 7 & 3)"),
     "nothing swizzled": (MACHINE, "return offset ^ ((offset >> 7 & 7) << 4)", "return offset"),
-    "atoms too far apart": (MACHINE, "kAtomBytes >> 4) << 32", "2 * kAtomBytes >> 4) << 32"),
-    "no swizzling in the descriptor": (MACHINE, "uint64_t(1) << 62", "uint64_t(2) << 62"),
+    "atoms too far apart": (
+        MACHINE,
+        "<< 16 | uint64_t(kAtomBytes >> 4) << 32",
+        "<< 16 | uint64_t(2 * kAtomBytes >> 4) << 32",
+    ),
+    "no swizzling in the descriptor": (MACHINE, "|\n           uint64_t(1)", "| uint64_t(2)"),
     "columns of a product half as far": (MACHINE, "(kDepth * 2 >> 4)", "(kDepth >> 4)"),
     "rows of the sums by fours": (MACHINE, "thread % 32 / 4 + 8", "thread % 4 + 8"),
     "pairs of sums across": (MACHINE, "8 * (i / 2 % 2)", "8 * (i % 2)"),
