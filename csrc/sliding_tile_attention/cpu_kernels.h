@@ -16,11 +16,12 @@ inline Tokens<T> tokens_at(Heads const& x, Block const& block, int64_t const* in
 }
 
 template <class T>
-inline void scatter(ForwardParams const& p, Block const& block, float const* out, int64_t row, Running const& running) {
+inline void scatter(ForwardParams const& p, Block const& block, float const* out, int64_t row, float scale,
+                    Running const& running) {
     float* const lse = p.lse + (block.b * p.sizes.N + block.n) * p.sizes.L;
     for (int64_t i = 0; i < block.count; ++i, out += row) {
         double const sum = sum_lanes(load_as<Vec>(running.sums + i * kLanes));
-        lse[block.queries[i]] = float(double(running.highest[i]) + __builtin_log(sum));
+        lse[block.queries[i]] = float(double(running.highest[i]) * double(scale) + __builtin_log(sum));
         write_rows(T{}, out, row, 1, p.sizes.D, head_of<T>(p.out, block.b, block.n, block.queries[i]), p.out.stride_l,
                    [&](int64_t) { return float(1 / sum); });
     }
@@ -32,6 +33,9 @@ void forward_block(ForwardParams const& p, Block const& block, float* memory) {
     Room whole(memory);
     ForwardRoom<T> const room(whole, D, block.count, block.keys_at_once);
     pack_rows(tokens_at<T>(p.q, block, block.queries, block.count, D), room.rows, room.q);
+    // with a negative scale, the other way round
+    float const scale = __builtin_fabsf(p.scale);
+    if (p.scale < 0) negate<T>(room.q, room.rows * room.words);
     // finite: where all scores so far are -inf, their differences to it are too, and not NaN
     for (int64_t i = 0; i < room.rows; ++i) room.running.highest[i] = -__FLT_MAX__;
     std::memset(room.running.sums, 0, size_t(room.rows * kLanes) * sizeof(float));
@@ -41,12 +45,12 @@ void forward_block(ForwardParams const& p, Block const& block, float* memory) {
         pack_columns(tokens_at<T>(p.k, block, block.keys + key, count, D), room.k);
         multiply<T>({room.q, room.words, 1}, block.count, room.k, words_of<T>(D), Panels(count),
                     {room.scores, room.scores_row});
-        exponentiate(T{}, room.scores, room.scores_row, block.count, count, p.scale, room.running);
+        exponentiate(T{}, room.scores, room.scores_row, block.count, count, scale, room.running);
         pack_depth(T{}, tokens_at<T>(p.v, block, block.keys + key, count, D), room.v);
         multiply<T>({room.scores, room.scores_row, 1}, block.count, room.v, words_of<T>(count), Panels(D),
                     {room.out, room.columns, key ? Before::scaled : Before::ignored, room.running.keep});
     }
-    scatter<T>(p, block, room.out, room.columns, room.running);
+    scatter<T>(p, block, room.out, room.columns, scale, room.running);
 }
 
 template <class T>
