@@ -21,7 +21,7 @@ demo:
 
 test:
 	@$(PYTHON) scripts/bootstrap.py --extra dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint:
 	@$(PYTHON) scripts/bootstrap.py --extra dev

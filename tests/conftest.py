@@ -19,7 +19,15 @@ from tests.kit.memory import poisoned_memory
 
 OPS = Path(__file__).parent / "ops"
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# two threads, unless so many processes that test share the cores
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(min(2, max(1, torch.get_num_threads() // WORKERS)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes for ``-n auto``: a GPU is not shared, and each takes a gigabyte or two."""
+    return 1 if torch.cuda.is_available() else min(8, os.cpu_count() or 1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
