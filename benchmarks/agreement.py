@@ -8,6 +8,7 @@ The truth is the reference with more digits. Tables are Markdown.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from itertools import product
@@ -125,6 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"])
     options = parser.parse_args(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.kit.interpreter import install  # by itself it takes bfloat16 for integers
+
+        install()
     print(tables(getattr(torch, options.dtype), torch.device(device)))
     return 0
 
