@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <mutex>
 #include <vector>
 
 #include "common/cpu_isa.h"
@@ -13,8 +14,9 @@
 namespace hunyuan_fast::rope3d_attention {
 namespace {
 
-// Most of the memory for dq of the heads under way, unless a head for each thread needs more.
+// Most of the memory that lanes have, unless so many tiles of queries for each thread in a lane take more of them.
 constexpr int64_t kMostBytes = 8 * 1024 * 1024;
+constexpr int64_t kTilesApart = 8;
 
 CpuKernels const& kernels(DType dtype) {
     switch (cpu_isa()) {
@@ -57,64 +59,104 @@ std::vector<Block> blocks_of(ForwardParams const& p, CpuKernels const& kernel, i
     return blocks;
 }
 
-// Keys and queries at once of a sample, and what its heads need.
-struct Plan {
-    int64_t keys, chunks, queries, tiles;
-    int64_t dq_floats;  // of one head
-};
-
-Plan plan_of(int64_t length, int64_t D, CpuKernels const& kernel) {
-    Tiles const most = kernel.backward_tiles(D);
-    Plan plan;
-    plan.keys = even_part(length, most.keys, 8);
-    plan.chunks = parts_of(length, plan.keys);
-    plan.queries = even_part(length, most.queries, kRows);
-    plan.tiles = parts_of(length, plan.queries);
-    plan.dq_floats = plan.chunks > 1 ? plan.tiles * plan.queries * kernel.padded(D) : 0;
-    return plan;
-}
-
+// A head in backward: how many of its keys and queries at once.
 struct Head {
     int64_t b, n;
-    Plan plan;
+    int64_t keys, chunks, queries, tiles;
 };
 
-// The chunks of some heads, the first ones of all heads first: seldom are two of one head at work at the same time.
-std::vector<Chunk> chunks_of(BackwardParams const& p, std::vector<Head> const& heads, float* dq, int32_t* done) {
-    int64_t most = 0;
-    for (Head const& head : heads) most = std::max(most, head.plan.chunks);
-    std::vector<Chunk> chunks;
-    for (int64_t index = 0; index < most; ++index) {
-        float* dq_of_head = dq;
-        int32_t* done_of_head = done;
-        for (Head const& head : heads) {
-            Plan const& plan = head.plan;
-            if (index < plan.chunks) {
-                int64_t const first = index * plan.keys, count = std::min(plan.keys, p.lengths[head.b] - first);
-                bool const is_last = index + 1 == plan.chunks;
-                chunks.push_back({head.b, head.n, first, count, plan.queries, int32_t(index), is_last,
-                                  plan.dq_floats ? dq_of_head : nullptr, done_of_head});
-            }
-            dq_of_head += plan.dq_floats;
-            done_of_head += plan.tiles;
+// All heads, the longest first. Tiles are of one size where a head has several: they are passed on to other heads.
+std::vector<Head> heads_of(BackwardParams const& p, CpuKernels const& kernel) {
+    Tiles const most = kernel.backward_tiles(p.sizes.D);
+    std::vector<Head> heads;
+    for (int64_t b : longest_first(p)) {
+        int64_t const length = p.lengths[b];
+        if (length == 0) break;
+        int64_t const keys = even_part(length, most.keys, 8);
+        int64_t const queries = std::min(most.queries, parts_of(length, kRows) * kRows);
+        for (int64_t n = 0; n < p.sizes.N; ++n) {
+            heads.push_back({b, n, keys, parts_of(length, keys), queries, parts_of(length, queries)});
         }
     }
-    return chunks;
+    return heads;
 }
 
-void run_heads(BackwardParams const& p, CpuKernels const& kernel, std::vector<Head> const& heads, int num_threads) {
-    int64_t floats = 0, tiles = 0, room = 0;
-    for (Head const& head : heads) {
-        floats += head.plan.dq_floats;
-        tiles += head.plan.tiles;
-        room = std::max(room, kernel.backward_room(p.sizes.D, head.plan.queries, head.plan.keys));
-    }
-    Floats const dq(floats);
-    std::vector<int32_t> done(size_t(tiles), 0);
-    auto const chunks = chunks_of(p, heads, dq.begin(), done.data());
-    run_with_room(int64_t(chunks.size()), room, num_threads,
-                  [&](int64_t i, float* memory) { kernel.backward(p, chunks[size_t(i)], memory); });
+// One for each thread, or fewer where they are long: threads then follow each other through a lane, tiles apart.
+int64_t lanes_for(Head const& longest, int64_t heads, int64_t floats, int64_t threads) {
+    int64_t const needed = parts_of(threads, std::max<int64_t>(1, longest.tiles / kTilesApart));
+    int64_t const cheap = kMostBytes / (floats * int64_t(sizeof(float)));
+    return std::min({heads, threads, std::max(needed, cheap)});
 }
+
+// Heads go through lanes, one chunk after the other. A lane has the memory that chunks share: heads follow each other
+// in it, and are never longer than the one before. Whoever asks gets a chunk of the lane where fewest are at work.
+class Lanes {
+public:
+    Lanes(BackwardParams const& p, std::vector<Head> const& heads, int64_t count, int64_t floats)
+        : p_(p), heads_(heads), floats_(floats), memory_(count * floats), lanes_(size_t(count)) {
+        int64_t chunks = 0;
+        for (Head const& head : heads) chunks += head.chunks;
+        left_.resize(size_t(chunks), 0);
+    }
+
+    // Calls body(chunk) as long as there are any.
+    template <class Body>
+    void work(Body const& body) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        while (Lane* const lane = next_lane()) {
+            Chunk const chunk = next_chunk(*lane);
+            ++lane->at_work;
+            lock.unlock();
+            body(chunk);
+            lock.lock();
+            --lane->at_work;
+        }
+    }
+
+private:
+    struct Lane {
+        Head const* head = nullptr;  // null: none begun, or all chunks of it are
+        int64_t index = 0;
+        int64_t at_work = 0;
+        int32_t* before = nullptr;
+    };
+
+    Lane* next_lane() {
+        Lane* best = nullptr;
+        for (Lane& lane : lanes_) {
+            if (!lane.head && begun_heads_ == heads_.size()) continue;
+            if (!best || lane.at_work < best->at_work) best = &lane;
+        }
+        return best;
+    }
+
+    Chunk next_chunk(Lane& lane) {
+        if (!lane.head) lane.head = &heads_[begun_heads_++], lane.index = 0;
+        Head const& head = *lane.head;
+        Chunk chunk;
+        chunk.b = head.b;
+        chunk.n = head.n;
+        chunk.first = lane.index * head.keys;
+        chunk.count = std::min(head.keys, p_.lengths[head.b] - chunk.first);
+        chunk.queries_at_once = head.queries;
+        chunk.is_first = lane.index == 0;
+        chunk.is_last = ++lane.index == head.chunks;
+        chunk.shared = memory_.begin() + (&lane - lanes_.data()) * floats_;
+        chunk.before = lane.before;
+        chunk.left = lane.before = &left_[begun_chunks_++];
+        if (chunk.is_last) lane.head = nullptr;
+        return chunk;
+    }
+
+    BackwardParams const& p_;
+    std::vector<Head> const& heads_;
+    int64_t const floats_;
+    Floats const memory_;
+    std::vector<Lane> lanes_;
+    std::vector<int32_t> left_;  // of each chunk: tiles that it has left
+    std::mutex mutex_;
+    size_t begun_heads_ = 0, begun_chunks_ = 0;
+};
 
 void clear_padding(BackwardParams const& p, int64_t element, int num_threads) {
     if (std::all_of(p.lengths, p.lengths + p.sizes.B, [&](int64_t length) { return length == p.sizes.L; })) return;
@@ -127,7 +169,7 @@ void clear_padding(BackwardParams const& p, int64_t element, int num_threads) {
 
 void wait_for(int32_t const* counter, int32_t value) {
     constexpr int kPatience = 64;  // reads before another thread may have the processor
-    for (int reads = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) != value; ++reads) {
+    for (int reads = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value; ++reads) {
         if (reads > kPatience) sched_yield();
     }
 }
@@ -155,23 +197,20 @@ void forward_cpu(DType dtype, ForwardParams const& p, int num_threads) {
 void backward_cpu(DType dtype, BackwardParams const& p, int num_threads) {
     auto const& kernel = kernels(dtype);
     clear_padding(p, element_size(dtype), num_threads);
-    std::vector<Head> heads;
-    int64_t bytes = 0;
-    for (int64_t b : longest_first(p)) {
-        if (p.lengths[b] == 0) break;
-        Plan const plan = plan_of(p.lengths[b], p.sizes.D, kernel);
-        int64_t const more = plan.dq_floats * int64_t(sizeof(float));
-        for (int64_t n = 0; n < p.sizes.N; ++n) {
-            if (bytes + more > kMostBytes && int64_t(heads.size()) >= num_threads) {
-                run_heads(p, kernel, heads, num_threads);
-                heads.clear();
-                bytes = 0;
-            }
-            heads.push_back({b, n, plan});
-            bytes += more;
-        }
+    auto const heads = heads_of(p, kernel);
+    if (heads.empty()) return;
+    int64_t room = 0, chunks = 0;
+    for (Head const& head : heads) {
+        room = std::max(room, kernel.backward_room(p.sizes.D, head.queries, head.keys));
+        chunks += head.chunks;
     }
-    run_heads(p, kernel, heads, num_threads);
+    Head const& longest = heads.front();
+    int64_t const floats = longest.tiles * kernel.shared_floats(p.sizes.D, longest.queries);
+    int64_t const threads = std::min<int64_t>(chunks, std::max(num_threads, 1));
+    Lanes lanes(p, heads, lanes_for(longest, int64_t(heads.size()), floats, threads), floats);
+    run_with_rooms(threads, room, num_threads, [&](float* memory) {
+        lanes.work([&](Chunk const& chunk) { kernel.backward(p, chunk, memory); });
+    });
 }
 
 }  // namespace hunyuan_fast::rope3d_attention
