@@ -14,7 +14,9 @@
 namespace hunyuan_fast::rope3d_attention {
 namespace {
 
-// Most of the memory that lanes have, unless so many tiles of queries for each thread in a lane take more of them.
+// Lanes of backward: as many as fit into so much, where that is more than one for each thread; and no more than fit
+// into so much, unless threads that follow each other through a lane, so many tiles apart, need more.
+constexpr int64_t kFewBytes = 1024 * 1024;
 constexpr int64_t kMostBytes = 8 * 1024 * 1024;
 constexpr int64_t kTilesApart = 8;
 
@@ -81,15 +83,16 @@ std::vector<Head> heads_of(BackwardParams const& p, CpuKernels const& kernel) {
     return heads;
 }
 
-// One for each thread, or fewer where they are long: threads then follow each other through a lane, tiles apart.
+// How many lanes of so many floats: one for each thread, where they are short more, where they are long fewer.
 int64_t lanes_for(Head const& longest, int64_t heads, int64_t floats, int64_t threads) {
+    int64_t const bytes = floats * int64_t(sizeof(float));
     int64_t const needed = parts_of(threads, std::max<int64_t>(1, longest.tiles / kTilesApart));
-    int64_t const cheap = kMostBytes / (floats * int64_t(sizeof(float)));
-    return std::min({heads, threads, std::max(needed, cheap)});
+    int64_t const fitting = std::min(threads, std::max(needed, kMostBytes / bytes));
+    return std::min(heads, std::max(fitting, kFewBytes / bytes));
 }
 
 // Heads go through lanes, one chunk after the other. A lane has the memory that chunks share: heads follow each other
-// in it, and are never longer than the one before. Whoever asks gets a chunk of the lane where fewest are at work.
+// in it, and are never longer than the one before. Whoever asks gets a chunk of a lane where fewest are at work.
 class Lanes {
 public:
     Lanes(BackwardParams const& p, std::vector<Head> const& heads, int64_t count, int64_t floats)
@@ -115,7 +118,7 @@ public:
 
 private:
     struct Lane {
-        Head const* head = nullptr;  // null: none begun, or all chunks of it are
+        Head const* head = nullptr;  // null: the next one
         int64_t index = 0;
         int64_t at_work = 0;
         int32_t* before = nullptr;
@@ -124,10 +127,19 @@ private:
     Lane* next_lane() {
         Lane* best = nullptr;
         for (Lane& lane : lanes_) {
-            if (!lane.head && begun_heads_ == heads_.size()) continue;
-            if (!best || lane.at_work < best->at_work) best = &lane;
+            if (chunks_in(lane) == 0) continue;
+            if (!best || lane.at_work < best->at_work ||
+                (lane.at_work == best->at_work && chunks_in(lane) > chunks_in(*best))) {
+                best = &lane;
+            }
         }
         return best;
+    }
+
+    // Those of its head that nobody has begun.
+    int64_t chunks_in(Lane const& lane) const {
+        if (lane.head) return lane.head->chunks - lane.index;
+        return begun_heads_ < heads_.size() ? heads_[begun_heads_].chunks : 0;
     }
 
     Chunk next_chunk(Lane& lane) {
@@ -168,9 +180,14 @@ void clear_padding(BackwardParams const& p, int64_t element, int num_threads) {
 }  // namespace
 
 void wait_for(int32_t const* counter, int32_t value) {
-    constexpr int kPatience = 64;  // reads before another thread may have the processor
+    // Reads before another thread may have the processor: some 50 us, about what a tile takes. Who else runs may keep
+    // it for milliseconds.
+    constexpr int kPatience = 4096;
     for (int reads = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value; ++reads) {
         if (reads > kPatience) sched_yield();
+#ifdef HUNYUAN_FAST_X86
+        __builtin_ia32_pause();
+#endif
     }
 }
 

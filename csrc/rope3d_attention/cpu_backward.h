@@ -123,8 +123,9 @@ template <class T>
 inline void keep(T, Vec sum, uint16_t* dq, uint16_t* lower, int64_t count) {
     VecBits const bits = (VecBits)sum;
     VecHalf const upper = narrow(bits >> 16);
-    std::memcpy(dq, &upper, size_t(least(count, kLanes)) * sizeof *dq);
     store_as(lower, narrow(bits & 0xffffu));
+    if (count >= kLanes) return store_as(dq, upper);
+    std::memcpy(dq, &upper, size_t(count) * sizeof *dq);
 }
 
 // The memory of a chunk; `queries` at once.
