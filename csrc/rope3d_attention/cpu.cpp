@@ -43,7 +43,7 @@ std::vector<int64_t> longest_first(Inputs const& p) {
     return samples;
 }
 
-std::vector<Block> blocks_of(ForwardParams const& p, CpuKernels const& kernel, int num_threads) {
+std::vector<Block> blocks_of(Inputs const& p, CpuKernels const& kernel, int num_threads) {
     std::vector<Block> blocks;
     Tiles const most = kernel.forward_tiles(p.sizes.D);
     int64_t const heads = p.sizes.B * p.sizes.N;
@@ -61,6 +61,20 @@ std::vector<Block> blocks_of(ForwardParams const& p, CpuKernels const& kernel, i
     return blocks;
 }
 
+struct ForwardPlan {
+    std::vector<Block> blocks;
+    int64_t room = 0;     // floats for each thread
+    int64_t threads = 0;  // of blocks, and of the padding of each sample
+
+    ForwardPlan(Inputs const& p, CpuKernels const& kernel, int num_threads)
+        : blocks(blocks_of(p, kernel, num_threads)) {
+        for (Block const& block : blocks) {
+            room = std::max(room, kernel.forward_room(p.sizes.D, block.count, block.keys_at_once));
+        }
+        threads = std::min<int64_t>(int64_t(blocks.size()) + p.sizes.B, std::max(num_threads, 1));
+    }
+};
+
 // A head in backward: how many of its keys and queries at once.
 struct Head {
     int64_t b, n;
@@ -68,7 +82,7 @@ struct Head {
 };
 
 // All heads, the longest first. Tiles are of one size where a head has several: they are passed on to other heads.
-std::vector<Head> heads_of(BackwardParams const& p, CpuKernels const& kernel) {
+std::vector<Head> heads_of(Inputs const& p, CpuKernels const& kernel) {
     Tiles const most = kernel.backward_tiles(p.sizes.D);
     std::vector<Head> heads;
     for (int64_t b : longest_first(p)) {
@@ -83,24 +97,41 @@ std::vector<Head> heads_of(BackwardParams const& p, CpuKernels const& kernel) {
     return heads;
 }
 
-// How many lanes of so many floats: one for each thread, where they are short more, where they are long fewer.
-int64_t lanes_for(Head const& longest, int64_t heads, int64_t floats, int64_t threads) {
-    int64_t const bytes = floats * int64_t(sizeof(float));
-    int64_t const needed = parts_of(threads, std::max<int64_t>(1, longest.tiles / kTilesApart));
+// How many lanes of so many bytes: one for each thread, where they are short more, where they are long fewer.
+int64_t lanes_for(int64_t heads, int64_t tiles, int64_t bytes, int64_t threads) {
+    int64_t const needed = parts_of(threads, std::max<int64_t>(1, tiles / kTilesApart));
     int64_t const fitting = std::min(threads, std::max(needed, kMostBytes / bytes));
     return std::min(heads, std::max(fitting, kFewBytes / bytes));
 }
 
+struct BackwardPlan {
+    std::vector<Head> heads;
+    int64_t chunks = 0;
+    int64_t room = 0;  // floats for each thread
+    int64_t threads = 0;
+    int64_t lane = 0;  // floats for each lane
+    int64_t lanes = 0;
+
+    BackwardPlan(Inputs const& p, CpuKernels const& kernel, int num_threads) : heads(heads_of(p, kernel)) {
+        int64_t tiles = 0;
+        for (Head const& head : heads) {
+            chunks += head.chunks;
+            tiles = std::max(tiles, head.tiles);
+            room = std::max(room, kernel.backward_room(p.sizes.D, head.queries, head.keys));
+            lane = std::max(lane, head.tiles * kernel.shared_floats(p.sizes.D, head.queries));
+        }
+        if (heads.empty()) return;
+        threads = std::min<int64_t>(chunks, std::max(num_threads, 1));
+        lanes = lanes_for(int64_t(heads.size()), tiles, lane * int64_t(sizeof(float)), threads);
+    }
+};
+
 // Heads go through lanes, one chunk after the other. A lane has the memory that chunks share: heads follow each other
-// in it, and are never longer than the one before. Whoever asks gets a chunk of a lane where fewest are at work.
+// in it. Whoever asks gets a chunk of a lane where fewest are at work.
 class Lanes {
 public:
-    Lanes(BackwardParams const& p, std::vector<Head> const& heads, int64_t count, int64_t floats)
-        : p_(p), heads_(heads), floats_(floats), memory_(count * floats), lanes_(size_t(count)) {
-        int64_t chunks = 0;
-        for (Head const& head : heads) chunks += head.chunks;
-        left_.resize(size_t(chunks), 0);
-    }
+    Lanes(BackwardParams const& p, BackwardPlan const& plan)
+        : p_(p), plan_(plan), memory_(plan.lanes * plan.lane), lanes_(size_t(plan.lanes)), left_(size_t(plan.chunks)) {}
 
     // Calls body(chunk) as long as there are any.
     template <class Body>
@@ -139,11 +170,11 @@ private:
     // Those of its head that nobody has begun.
     int64_t chunks_in(Lane const& lane) const {
         if (lane.head) return lane.head->chunks - lane.index;
-        return begun_heads_ < heads_.size() ? heads_[begun_heads_].chunks : 0;
+        return begun_heads_ < plan_.heads.size() ? plan_.heads[begun_heads_].chunks : 0;
     }
 
     Chunk next_chunk(Lane& lane) {
-        if (!lane.head) lane.head = &heads_[begun_heads_++], lane.index = 0;
+        if (!lane.head) lane.head = &plan_.heads[begun_heads_++], lane.index = 0;
         Head const& head = *lane.head;
         Chunk chunk;
         chunk.b = head.b;
@@ -153,7 +184,7 @@ private:
         chunk.queries_at_once = head.queries;
         chunk.is_first = lane.index == 0;
         chunk.is_last = ++lane.index == head.chunks;
-        chunk.shared = memory_.begin() + (&lane - lanes_.data()) * floats_;
+        chunk.shared = memory_.begin() + (&lane - lanes_.data()) * plan_.lane;
         chunk.before = lane.before;
         chunk.left = lane.before = &left_[begun_chunks_++];
         if (chunk.is_last) lane.head = nullptr;
@@ -161,8 +192,7 @@ private:
     }
 
     BackwardParams const& p_;
-    std::vector<Head> const& heads_;
-    int64_t const floats_;
+    BackwardPlan const& plan_;
     Floats const memory_;
     std::vector<Lane> lanes_;
     std::vector<int32_t> left_;  // of each chunk: tiles that it has left
@@ -193,15 +223,11 @@ void wait_for(int32_t const* counter, int32_t value) {
 
 void forward_cpu(DType dtype, ForwardParams const& p, int num_threads) {
     auto const& kernel = kernels(dtype);
-    auto const blocks = blocks_of(p, kernel, num_threads);
-    int64_t floats = 0;
-    for (Block const& block : blocks) {
-        floats = std::max(floats, kernel.forward_room(p.sizes.D, block.count, block.keys_at_once));
-    }
-    int64_t const count = int64_t(blocks.size());
+    ForwardPlan const plan(p, kernel, num_threads);
+    int64_t const count = int64_t(plan.blocks.size());
     // after the blocks the padding of each sample
-    run_with_room(count + p.sizes.B, floats, num_threads, [&](int64_t i, float* room) {
-        if (i < count) return kernel.forward(p, blocks[size_t(i)], room);
+    run_with_room(count + p.sizes.B, plan.room, num_threads, [&](int64_t i, float* room) {
+        if (i < count) return kernel.forward(p, plan.blocks[size_t(i)], room);
         int64_t const b = i - count, length = p.lengths[b];
         clear_rows(p.out, p.sizes, b, length, element_size(dtype));
         for (int64_t n = 0; n < p.sizes.N; ++n) {
@@ -214,20 +240,21 @@ void forward_cpu(DType dtype, ForwardParams const& p, int num_threads) {
 void backward_cpu(DType dtype, BackwardParams const& p, int num_threads) {
     auto const& kernel = kernels(dtype);
     clear_padding(p, element_size(dtype), num_threads);
-    auto const heads = heads_of(p, kernel);
-    if (heads.empty()) return;
-    int64_t room = 0, chunks = 0;
-    for (Head const& head : heads) {
-        room = std::max(room, kernel.backward_room(p.sizes.D, head.queries, head.keys));
-        chunks += head.chunks;
-    }
-    Head const& longest = heads.front();
-    int64_t const floats = longest.tiles * kernel.shared_floats(p.sizes.D, longest.queries);
-    int64_t const threads = std::min<int64_t>(chunks, std::max(num_threads, 1));
-    Lanes lanes(p, heads, lanes_for(longest, int64_t(heads.size()), floats, threads), floats);
-    run_with_rooms(threads, room, num_threads, [&](float* memory) {
-        lanes.work([&](Chunk const& chunk) { kernel.backward(p, chunk, memory); });
+    BackwardPlan const plan(p, kernel, num_threads);
+    Lanes lanes(p, plan);
+    run_with_rooms(plan.threads, plan.room, num_threads, [&](float* room) {
+        lanes.work([&](Chunk const& chunk) { kernel.backward(p, chunk, room); });
     });
+}
+
+int64_t forward_bytes(DType dtype, Inputs const& p, int num_threads) {
+    ForwardPlan const plan(p, kernels(dtype), num_threads);
+    return plan.threads * aligned(plan.room) * int64_t(sizeof(float));
+}
+
+int64_t backward_bytes(DType dtype, Inputs const& p, int num_threads) {
+    BackwardPlan const plan(p, kernels(dtype), num_threads);
+    return (plan.threads * aligned(plan.room) + plan.lanes * plan.lane) * int64_t(sizeof(float));
 }
 
 }  // namespace hunyuan_fast::rope3d_attention

@@ -1,6 +1,8 @@
 // The CPU kernels of the instruction sets this build has, and who runs them.
 #pragma once
 
+#include <cstdint>
+
 #include "common/tensor_view.h"
 #include "rope3d_attention/params.h"
 
@@ -17,6 +19,9 @@ struct Block {
     int64_t count = 0;
     int64_t keys_at_once = 0;
 };
+
+// A chunk, and all before it, have left all tiles there are.
+constexpr int32_t kAllTiles = INT32_MAX;
 
 // Keys [first, first + count) of a head against all its queries, `queries_at_once` at a time. The chunks of a head
 // share memory, and so do heads, one after the other. A chunk takes a tile of queries once the chunk before it has
@@ -63,5 +68,9 @@ void wait_for(int32_t const* counter, int32_t value);
 
 void forward_cpu(DType dtype, ForwardParams const& params, int num_threads);
 void backward_cpu(DType dtype, BackwardParams const& params, int num_threads);
+
+// Bytes that these have while they run, beside tensors.
+int64_t forward_bytes(DType dtype, Inputs const& params, int num_threads);
+int64_t backward_bytes(DType dtype, Inputs const& params, int num_threads);
 
 }  // namespace hunyuan_fast::rope3d_attention

@@ -231,6 +231,9 @@ void backward(BackwardParams const& p, Chunk const& chunk, float* memory) {
         add_to_dq(p, chunk, first, count, weights.for_dq, shared.lower, room);
         __atomic_store_n(chunk.left, int32_t(tile + 1), __ATOMIC_RELEASE);
     }
+    // which a head of fewer tiles has not seen for itself
+    if (chunk.before) wait_for(chunk.before, kAllTiles);
+    __atomic_store_n(chunk.left, kAllTiles, __ATOMIC_RELEASE);
     write_rows(T{}, room.dv, room.columns, chunk.count, D, head_of<T>(p.dv, chunk.b, chunk.n, chunk.first),
                p.dv.stride_l, [](int64_t) { return 1.0f; });
     write_rows(T{}, room.dk, room.columns, chunk.count, D, head_of<T>(p.dk, chunk.b, chunk.n, chunk.first),

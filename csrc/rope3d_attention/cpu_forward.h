@@ -116,8 +116,11 @@ inline void finish(ForwardParams const& p, Block const& block, float* out, int64
                [&](int64_t i) { return running.keep[i]; });
 }
 
-// The memory of a block; `keys` at once. Scores are made for some of the queries at a time: in a small piece of
-// memory, which stays in the nearest caches, while keys and values that are packed once serve all of the block.
+// Features of the heads that sizes were tried with.
+constexpr int64_t kTunedFor = 128;
+
+// The memory of a block; `keys` at once. Scores are made for some of the queries at a time, in little memory, while
+// keys and values that are packed once serve all of the block. Wider heads have few queries in a block.
 template <class T>
 struct ForwardRoom {
     static constexpr int64_t kScored = 2 * kRows;
@@ -127,7 +130,7 @@ struct ForwardRoom {
 
     ForwardRoom(Room& room, int64_t D, int64_t queries, int64_t keys)
         : rows(round_up(queries, kRows)),
-          scored(least(rows, kScored)),
+          scored(D > kTunedFor ? rows : least(rows, kScored)),
           scores_row(round_up(keys, 2 * kLanes)),
           words(round_up(words_of<T>(D), kLanes)),
           columns(round_up(D, kLanes)),

@@ -6,9 +6,7 @@
 
 namespace hunyuan_fast::rope3d_attention::HUNYUAN_FAST_ISA {
 
-// Found by trying, with heads of 128 features on a core with 1 MB; wider heads leave room for fewer tokens.
-constexpr int64_t kTunedFor = 128;
-
+// Found by trying, on a core with 1 MB; wider heads leave room for fewer tokens.
 inline int64_t shrunk(int64_t tokens, int64_t D) {
     if (D <= kTunedFor) return tokens;
     int64_t const fitting = tokens * kTunedFor / D / kRows * kRows;

@@ -26,6 +26,8 @@ inline int64_t even_part(int64_t whole, int64_t most, int64_t step) {
     return std::min(most, parts_of(parts_of(whole, parts), step) * step);
 }
 
+inline int64_t aligned(int64_t floats) { return parts_of(floats, kAlignment) * kAlignment; }
+
 class Floats {
 public:
     explicit Floats(int64_t count) : memory_(new float[size_t(count + kAlignment / 4)]) {}
@@ -42,7 +44,7 @@ private:
 // call may come after another.
 template <class Body>
 void run_with_rooms(int64_t threads, int64_t floats, int num_threads, Body const& body) {
-    int64_t const each = parts_of(floats, kAlignment) * kAlignment;
+    int64_t const each = aligned(floats);
     Floats const rooms(threads * each);
     parallel_for(threads, 1, num_threads, [&](int64_t i, int64_t) { body(rooms.begin() + i * each); });
 }
