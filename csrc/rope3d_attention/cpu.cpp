@@ -14,8 +14,8 @@
 namespace hunyuan_fast::rope3d_attention {
 namespace {
 
-// Lanes of backward: as many as fit into so much, where that is more than one for each thread; and no more than fit
-// into so much, unless threads that follow each other through a lane, so many tiles apart, need more.
+// Lanes of backward: two for each thread where they fit into so much, which leaves a choice; and no more than fit into
+// so much, unless threads that follow each other through a lane, so many tiles apart, need more.
 constexpr int64_t kFewBytes = 1024 * 1024;
 constexpr int64_t kMostBytes = 8 * 1024 * 1024;
 constexpr int64_t kTilesApart = 8;
@@ -97,11 +97,11 @@ std::vector<Head> heads_of(Inputs const& p, CpuKernels const& kernel) {
     return heads;
 }
 
-// How many lanes of so many bytes: one for each thread, where they are short more, where they are long fewer.
+// How many lanes of so many bytes: one for each thread, where they are short two, where they are long fewer.
 int64_t lanes_for(int64_t heads, int64_t tiles, int64_t bytes, int64_t threads) {
     int64_t const needed = parts_of(threads, std::max<int64_t>(1, tiles / kTilesApart));
     int64_t const fitting = std::min(threads, std::max(needed, kMostBytes / bytes));
-    return std::min(heads, std::max(fitting, kFewBytes / bytes));
+    return std::min({heads, 2 * threads, std::max(fitting, kFewBytes / bytes)});
 }
 
 struct BackwardPlan {

@@ -156,20 +156,24 @@ inline void negate(float* words, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) store_as(words + i, load_as<VecBits>(words + i) ^ signs);
 }
 
-// Sums over the packed keys, `count` of them, are added to those of some queries, from `first` on in the block.
+// Sums over the packed keys are added to those of some queries, from `first` on in the block. Values are packed when
+// the first ones need them, queries once where there is room for all.
 template <class T>
-inline void attend_packed(Tokens<T> const& q, int64_t first, int64_t count, float scale, Before before,
+inline void attend_packed(Tokens<T> const& q, int64_t first, Tokens<T> const& v, float scale, Before before,
                           ForwardRoom<T> const& room) {
     int64_t const padded = round_up(q.count, kRows);
     Running const running{room.running.highest + first, room.running.keep + first,
                           room.running.sums + first * kLanes};
-    pack_rows(q, padded, room.q);
-    // with a negative scale, the other way round
-    if (scale < 0) negate<T>(room.q, padded * room.words);
-    multiply<T>({room.q, room.words, 1}, q.count, room.k, words_of<T>(q.D), Panels(count),
+    if (before == Before::ignored || room.scored < room.rows) {
+        pack_rows(q, padded, room.q);
+        // with a negative scale, the other way round
+        if (scale < 0) negate<T>(room.q, padded * room.words);
+    }
+    multiply<T>({room.q, room.words, 1}, q.count, room.k, words_of<T>(q.D), Panels(v.count),
                 {room.scores, room.scores_row});
-    exponentiate(T{}, room.scores, room.scores_row, q.count, count, __builtin_fabsf(scale), running);
-    multiply<T>({room.scores, room.scores_row, 1}, q.count, room.v, words_of<T>(count), Panels(q.D),
+    exponentiate(T{}, room.scores, room.scores_row, q.count, v.count, __builtin_fabsf(scale), running);
+    if (first == 0) pack_depth(T{}, v, room.v);
+    multiply<T>({room.scores, room.scores_row, 1}, q.count, room.v, words_of<T>(v.count), Panels(q.D),
                 {room.out + first * room.columns, room.columns, before, running.keep});
 }
 
@@ -183,9 +187,8 @@ inline void attend(Tokens<T> const& q, Tokens<T> const& k, Tokens<T> const& v, i
     for (int64_t key = 0; key < k.count; key += at_once) {
         int64_t const count = least(at_once, k.count - key);
         pack_columns(k.part(key, count), room.k);
-        pack_depth(T{}, v.part(key, count), room.v);
         for (int64_t first = 0; first < q.count; first += room.scored) {
-            attend_packed(q.part(first, least(room.scored, q.count - first)), first, count, scale,
+            attend_packed(q.part(first, least(room.scored, q.count - first)), first, v.part(key, count), scale,
                           key ? Before::scaled : Before::ignored, room);
         }
     }
