@@ -1,5 +1,6 @@
 // What Python sees: tensors are checked, turned into the structs of params.h, and handed to a launcher.
 #include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -124,12 +125,23 @@ void backward_host(TensorView const& dout, TensorView const& out, TensorView con
     backward_cpu(q.dtype, p, num_threads);
 }
 
+// Bytes beside tensors that forward and backward have while they run, where queries are the tokens of the keys.
+std::pair<int64_t, int64_t> bytes_host(TensorView const& q, TensorView const& kv_len, int num_threads) {
+    Inputs p;
+    p.sizes = sizes_of(q);
+    auto const lengths = lengths_of(kv_len, "kv_len", p.sizes.B, p.sizes.L);
+    p.keys = p.sizes.L;
+    p.lengths = p.queries = lengths.data();
+    return {forward_bytes(q.dtype, p, num_threads), backward_bytes(q.dtype, p, num_threads)};
+}
+
 }  // namespace
 
 HUNYUAN_FAST_BIND(rope3d_attention, m) {
     using release_gil = py::call_guard<py::gil_scoped_release>;
     m.def("rope3d_attention_forward_cpu", &forward_host, release_gil());
     m.def("rope3d_attention_backward_cpu", &backward_host, release_gil());
+    m.def("rope3d_attention_bytes_cpu", &bytes_host);
 }
 
 }  // namespace hunyuan_fast::rope3d_attention

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <mutex>
 #include <vector>
 
 #include "common/cpu_isa.h"
@@ -13,8 +14,11 @@
 namespace hunyuan_fast::rope3d_attention {
 namespace {
 
-// Most of the memory for dq of the heads under way, unless a head for each thread needs more.
+// Lanes of backward: two for each thread where they fit into so much, which leaves a choice; and no more than fit into
+// so much, unless threads that follow each other through a lane, so many tiles apart, need more.
+constexpr int64_t kFewBytes = 1024 * 1024;
 constexpr int64_t kMostBytes = 8 * 1024 * 1024;
+constexpr int64_t kTilesApart = 8;
 
 CpuKernels const& kernels(DType dtype) {
     switch (cpu_isa()) {
@@ -39,7 +43,7 @@ std::vector<int64_t> longest_first(Inputs const& p) {
     return samples;
 }
 
-std::vector<Block> blocks_of(ForwardParams const& p, CpuKernels const& kernel, int num_threads) {
+std::vector<Block> blocks_of(Inputs const& p, CpuKernels const& kernel, int num_threads) {
     std::vector<Block> blocks;
     Tiles const most = kernel.forward_tiles(p.sizes.D);
     int64_t const heads = p.sizes.B * p.sizes.N;
@@ -57,64 +61,145 @@ std::vector<Block> blocks_of(ForwardParams const& p, CpuKernels const& kernel, i
     return blocks;
 }
 
-// Keys and queries at once of a sample, and what its heads need.
-struct Plan {
-    int64_t keys, chunks, queries, tiles;
-    int64_t dq_floats;  // of one head
+struct ForwardPlan {
+    std::vector<Block> blocks;
+    int64_t room = 0;     // floats for each thread
+    int64_t threads = 0;  // of blocks, and of the padding of each sample
+
+    ForwardPlan(Inputs const& p, CpuKernels const& kernel, int num_threads)
+        : blocks(blocks_of(p, kernel, num_threads)) {
+        for (Block const& block : blocks) {
+            room = std::max(room, kernel.forward_room(p.sizes.D, block.count, block.keys_at_once));
+        }
+        threads = std::min<int64_t>(int64_t(blocks.size()) + p.sizes.B, std::max(num_threads, 1));
+    }
 };
 
-Plan plan_of(int64_t keys, int64_t queries, int64_t D, CpuKernels const& kernel) {
-    Tiles const most = kernel.backward_tiles(D);
-    Plan plan;
-    plan.keys = even_part(keys, most.keys, 8);
-    plan.chunks = parts_of(keys, plan.keys);
-    plan.queries = even_part(queries, most.queries, kRows);
-    plan.tiles = parts_of(queries, plan.queries);
-    plan.dq_floats = plan.chunks > 1 ? plan.tiles * plan.queries * kernel.padded(D) : 0;
-    return plan;
-}
-
+// A head in backward: how many of its keys and queries at once.
 struct Head {
     int64_t b, n;
-    Plan plan;
+    int64_t keys, chunks, queries, tiles;
 };
 
-// The chunks of some heads, the first ones of all heads first: seldom are two of one head at work at the same time.
-std::vector<Chunk> chunks_of(BackwardParams const& p, std::vector<Head> const& heads, float* dq, int32_t* done) {
-    int64_t most = 0;
-    for (Head const& head : heads) most = std::max(most, head.plan.chunks);
-    std::vector<Chunk> chunks;
-    for (int64_t index = 0; index < most; ++index) {
-        float* dq_of_head = dq;
-        int32_t* done_of_head = done;
-        for (Head const& head : heads) {
-            Plan const& plan = head.plan;
-            if (index < plan.chunks) {
-                int64_t const first = index * plan.keys, count = std::min(plan.keys, p.lengths[head.b] - first);
-                bool const is_last = index + 1 == plan.chunks;
-                chunks.push_back({head.b, head.n, first, count, plan.queries, int32_t(index), is_last,
-                                  plan.dq_floats ? dq_of_head : nullptr, done_of_head});
-            }
-            dq_of_head += plan.dq_floats;
-            done_of_head += plan.tiles;
+// All heads, the longest first. Tiles are of one size where a head has several: they are passed on to other heads.
+std::vector<Head> heads_of(Inputs const& p, CpuKernels const& kernel) {
+    Tiles const most = kernel.backward_tiles(p.sizes.D);
+    std::vector<Head> heads;
+    for (int64_t b : longest_first(p)) {
+        int64_t const length = p.lengths[b];
+        if (length == 0) break;
+        int64_t const keys = even_part(length, most.keys, 8);
+        int64_t const rows = p.queries[b];
+        int64_t const queries = std::min(most.queries, parts_of(rows, kRows) * kRows);
+        for (int64_t n = 0; n < p.sizes.N; ++n) {
+            heads.push_back({b, n, keys, parts_of(length, keys), queries, parts_of(rows, queries)});
         }
     }
-    return chunks;
+    return heads;
 }
 
-void run_heads(BackwardParams const& p, CpuKernels const& kernel, std::vector<Head> const& heads, int num_threads) {
-    int64_t floats = 0, tiles = 0, room = 0;
-    for (Head const& head : heads) {
-        floats += head.plan.dq_floats;
-        tiles += head.plan.tiles;
-        room = std::max(room, kernel.backward_room(p.sizes.D, head.plan.queries, head.plan.keys));
-    }
-    Floats const dq(floats);
-    std::vector<int32_t> done(size_t(tiles), 0);
-    auto const chunks = chunks_of(p, heads, dq.begin(), done.data());
-    run_with_room(int64_t(chunks.size()), room, num_threads,
-                  [&](int64_t i, float* memory) { kernel.backward(p, chunks[size_t(i)], memory); });
+// How many lanes of so many bytes: one for each thread, where they are short two, where they are long fewer.
+int64_t lanes_for(int64_t heads, int64_t tiles, int64_t bytes, int64_t threads) {
+    int64_t const needed = parts_of(threads, std::max<int64_t>(1, tiles / kTilesApart));
+    int64_t const fitting = std::min(threads, std::max(needed, kMostBytes / bytes));
+    return std::min({heads, 2 * threads, std::max(fitting, kFewBytes / bytes)});
 }
+
+struct BackwardPlan {
+    std::vector<Head> heads;
+    int64_t chunks = 0;
+    int64_t room = 0;  // floats for each thread
+    int64_t threads = 0;
+    int64_t lane = 0;  // floats for each lane
+    int64_t lanes = 0;
+
+    BackwardPlan(Inputs const& p, CpuKernels const& kernel, int num_threads) : heads(heads_of(p, kernel)) {
+        int64_t tiles = 0;
+        for (Head const& head : heads) {
+            chunks += head.chunks;
+            tiles = std::max(tiles, head.tiles);
+            room = std::max(room, kernel.backward_room(p.sizes.D, head.queries, head.keys));
+            lane = std::max(lane, head.tiles * kernel.shared_floats(p.sizes.D, head.queries));
+        }
+        if (heads.empty()) return;
+        threads = std::min<int64_t>(chunks, std::max(num_threads, 1));
+        lanes = lanes_for(int64_t(heads.size()), tiles, lane * int64_t(sizeof(float)), threads);
+    }
+};
+
+// Heads go through lanes, one chunk after the other. A lane has the memory that chunks share: heads follow each other
+// in it. Whoever asks gets a chunk of a lane where fewest are at work.
+class Lanes {
+public:
+    Lanes(BackwardParams const& p, BackwardPlan const& plan)
+        : p_(p), plan_(plan), memory_(plan.lanes * plan.lane), lanes_(size_t(plan.lanes)), left_(size_t(plan.chunks)) {}
+
+    // Calls body(chunk) as long as there are any.
+    template <class Body>
+    void work(Body const& body) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        while (Lane* const lane = next_lane()) {
+            Chunk const chunk = next_chunk(*lane);
+            ++lane->at_work;
+            lock.unlock();
+            body(chunk);
+            lock.lock();
+            --lane->at_work;
+        }
+    }
+
+private:
+    struct Lane {
+        Head const* head = nullptr;  // null: the next one
+        int64_t index = 0;
+        int64_t at_work = 0;
+        int32_t* before = nullptr;
+    };
+
+    Lane* next_lane() {
+        Lane* best = nullptr;
+        for (Lane& lane : lanes_) {
+            if (chunks_in(lane) == 0) continue;
+            if (!best || lane.at_work < best->at_work ||
+                (lane.at_work == best->at_work && chunks_in(lane) > chunks_in(*best))) {
+                best = &lane;
+            }
+        }
+        return best;
+    }
+
+    // Those of its head that nobody has begun.
+    int64_t chunks_in(Lane const& lane) const {
+        if (lane.head) return lane.head->chunks - lane.index;
+        return begun_heads_ < plan_.heads.size() ? plan_.heads[begun_heads_].chunks : 0;
+    }
+
+    Chunk next_chunk(Lane& lane) {
+        if (!lane.head) lane.head = &plan_.heads[begun_heads_++], lane.index = 0;
+        Head const& head = *lane.head;
+        Chunk chunk;
+        chunk.b = head.b;
+        chunk.n = head.n;
+        chunk.first = lane.index * head.keys;
+        chunk.count = std::min(head.keys, p_.lengths[head.b] - chunk.first);
+        chunk.queries_at_once = head.queries;
+        chunk.is_first = lane.index == 0;
+        chunk.is_last = ++lane.index == head.chunks;
+        chunk.shared = memory_.begin() + (&lane - lanes_.data()) * plan_.lane;
+        chunk.before = lane.before;
+        chunk.left = lane.before = &left_[begun_chunks_++];
+        if (chunk.is_last) lane.head = nullptr;
+        return chunk;
+    }
+
+    BackwardParams const& p_;
+    BackwardPlan const& plan_;
+    Floats const memory_;
+    std::vector<Lane> lanes_;
+    std::vector<int32_t> left_;  // of each chunk: tiles that it has left
+    std::mutex mutex_;
+    size_t begun_heads_ = 0, begun_chunks_ = 0;
+};
 
 void clear_padding(BackwardParams const& p, int64_t element, int num_threads) {
     auto const all = [&](int64_t const* lengths, int64_t whole) {
@@ -130,23 +215,24 @@ void clear_padding(BackwardParams const& p, int64_t element, int num_threads) {
 }  // namespace
 
 void wait_for(int32_t const* counter, int32_t value) {
-    constexpr int kPatience = 64;  // reads before another thread may have the processor
-    for (int reads = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) != value; ++reads) {
+    // Reads before another thread may have the processor: some 50 us, about what a tile takes. Who else runs may keep
+    // it for milliseconds.
+    constexpr int kPatience = 4096;
+    for (int reads = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value; ++reads) {
         if (reads > kPatience) sched_yield();
+#ifdef HUNYUAN_FAST_X86
+        __builtin_ia32_pause();
+#endif
     }
 }
 
 void forward_cpu(DType dtype, ForwardParams const& p, int num_threads) {
     auto const& kernel = kernels(dtype);
-    auto const blocks = blocks_of(p, kernel, num_threads);
-    int64_t floats = 0;
-    for (Block const& block : blocks) {
-        floats = std::max(floats, kernel.forward_room(p.sizes.D, block.count, block.keys_at_once));
-    }
-    int64_t const count = int64_t(blocks.size());
+    ForwardPlan const plan(p, kernel, num_threads);
+    int64_t const count = int64_t(plan.blocks.size());
     // after the blocks the padding of each sample
-    run_with_room(count + p.sizes.B, floats, num_threads, [&](int64_t i, float* room) {
-        if (i < count) return kernel.forward(p, blocks[size_t(i)], room);
+    run_with_room(count + p.sizes.B, plan.room, num_threads, [&](int64_t i, float* room) {
+        if (i < count) return kernel.forward(p, plan.blocks[size_t(i)], room);
         int64_t const b = i - count, length = p.queries[b];
         clear_rows(p.out, p.sizes, b, length, element_size(dtype));
         for (int64_t n = 0; n < p.sizes.N; ++n) {
@@ -159,23 +245,21 @@ void forward_cpu(DType dtype, ForwardParams const& p, int num_threads) {
 void backward_cpu(DType dtype, BackwardParams const& p, int num_threads) {
     auto const& kernel = kernels(dtype);
     clear_padding(p, element_size(dtype), num_threads);
-    std::vector<Head> heads;
-    int64_t bytes = 0;
-    for (int64_t b : longest_first(p)) {
-        if (p.lengths[b] == 0) break;
-        Plan const plan = plan_of(p.lengths[b], p.queries[b], p.sizes.D, kernel);
-        int64_t const more = plan.dq_floats * int64_t(sizeof(float));
-        for (int64_t n = 0; n < p.sizes.N; ++n) {
-            if (bytes + more > kMostBytes && int64_t(heads.size()) >= num_threads) {
-                run_heads(p, kernel, heads, num_threads);
-                heads.clear();
-                bytes = 0;
-            }
-            heads.push_back({b, n, plan});
-            bytes += more;
-        }
-    }
-    run_heads(p, kernel, heads, num_threads);
+    BackwardPlan const plan(p, kernel, num_threads);
+    Lanes lanes(p, plan);
+    run_with_rooms(plan.threads, plan.room, num_threads, [&](float* room) {
+        lanes.work([&](Chunk const& chunk) { kernel.backward(p, chunk, room); });
+    });
+}
+
+int64_t forward_bytes(DType dtype, Inputs const& p, int num_threads) {
+    ForwardPlan const plan(p, kernels(dtype), num_threads);
+    return plan.threads * aligned(plan.room) * int64_t(sizeof(float));
+}
+
+int64_t backward_bytes(DType dtype, Inputs const& p, int num_threads) {
+    BackwardPlan const plan(p, kernels(dtype), num_threads);
+    return (plan.threads * aligned(plan.room) + plan.lanes * plan.lane) * int64_t(sizeof(float));
 }
 
 }  // namespace hunyuan_fast::rope3d_attention

@@ -90,12 +90,49 @@ inline Vec dots(T type, Tokens<T> const& a, Tokens<T> const& b, int64_t first) {
     return total + sum;
 }
 
+// What the chunks of a head share of a tile: sum(dout * out), which the first one finds, and the lower halves of dq.
+//
+// Until it is whole, dq is kept in the tensor itself. Where that has 16 bits, they are the upper ones of the sums in
+// fp32, and the lower ones lie here.
+template <class T>
+struct Shared {
+    float* delta;
+    uint16_t* lower;
+
+    Shared(float* memory, int64_t queries)
+        : delta(memory), lower(reinterpret_cast<uint16_t*>(memory + round_up(queries, 16))) {}
+};
+
+template <class T>
+int64_t shared_floats(int64_t D, int64_t queries) {
+    bool const is_split = sizeof(typename T::Storage) == 2;
+    return round_up(queries, 16) + (is_split ? queries * round_up(D, kLanes) / 2 : 0);
+}
+
+inline Vec unfinished(Float32 type, float const* dq, uint16_t const*, int64_t count) {
+    return load_some(type, dq, count);
+}
+template <class T>
+inline Vec unfinished(T, uint16_t const* dq, uint16_t const* lower, int64_t count) {
+    VecBits const upper = (VecBits)load_some(BFloat16{}, dq, count);
+    return (Vec)(upper | widen(load_as<VecHalf>(lower)));
+}
+
+inline void keep(Float32 type, Vec sum, float* dq, uint16_t*, int64_t count) { store_some(type, dq, sum, count); }
+template <class T>
+inline void keep(T, Vec sum, uint16_t* dq, uint16_t* lower, int64_t count) {
+    VecBits const bits = (VecBits)sum;
+    VecHalf const upper = narrow(bits >> 16);
+    store_as(lower, narrow(bits & 0xffffu));
+    if (count >= kLanes) return store_as(dq, upper);
+    std::memcpy(dq, &upper, size_t(count) * sizeof *dq);
+}
+
 // The memory of a chunk; `queries` at once.
 template <class T>
 struct BackwardRoom {
     int64_t rows, keys, scores_row, words, columns;
-    float *k, *v, *k_depth, *q, *dout, *q_depth, *dout_depth, *scores, *gradients, *dq, *dk, *dv;
-    Rows known;
+    float *k, *v, *k_depth, *q, *dout, *q_depth, *dout_depth, *scores, *gradients, *dq, *dk, *dv, *lse;
 
     BackwardRoom(Room& room, int64_t D, int64_t queries, int64_t count)
         : rows(round_up(queries, kRows)),
@@ -115,7 +152,7 @@ struct BackwardRoom {
           dq(room.take(rows * columns)),
           dk(room.take(keys * columns)),
           dv(room.take(keys * columns)),
-          known{room.take(rows), room.take(round_up(rows, kLanes))} {}
+          lse(room.take(rows)) {}
 };
 
 template <class T>
@@ -125,41 +162,47 @@ int64_t backward_room(int64_t D, int64_t queries, int64_t keys) {
     return room.taken();
 }
 
-// Queries [first, first + count) of the head of the chunk, packed, with what is known of them.
+// The queries of a tile of the head of the chunk, packed; returns what is known of them.
 template <class T>
-inline void pack_queries(BackwardParams const& p, Chunk const& chunk, int64_t first, int64_t count,
+inline Rows pack_queries(BackwardParams const& p, Chunk const& chunk, int64_t first, int64_t count, float* delta,
                          BackwardRoom<T> const& room) {
     int64_t const D = p.sizes.D;
     auto const q = tokens_of<T>(p.q, chunk.b, chunk.n, first, count, D);
     auto const dout = tokens_of<T>(p.dout, chunk.b, chunk.n, first, count, D);
-    auto const out = tokens_of<T>(p.out, chunk.b, chunk.n, first, count, D);
     pack_rows(q, room.rows, room.q);
     pack_rows(dout, room.rows, room.dout);
     pack_depth(T{}, q, room.q_depth);
     pack_depth(T{}, dout, room.dout_depth);
     float const* const lse = p.lse + (chunk.b * p.sizes.N + chunk.n) * p.sizes.L + first;
-    for (int64_t i = 0; i < room.rows; ++i) room.known.lse[i] = i < count ? lse[i] : 0.0f;
+    for (int64_t i = 0; i < room.rows; ++i) room.lse[i] = i < count ? lse[i] : 0.0f;
     // a row that has seen no key has no probabilities
     for (int64_t i = 0; i < count; ++i) {
-        if (lse[i] == -__builtin_inff()) room.known.lse[i] = __builtin_inff();
+        if (lse[i] == -__builtin_inff()) room.lse[i] = __builtin_inff();
     }
-    for (int64_t i = 0; i < count; i += kLanes) store_as(room.known.delta + i, dots(T{}, dout, out, i));
+    if (chunk.is_first) {
+        auto const out = tokens_of<T>(p.out, chunk.b, chunk.n, first, count, D);
+        for (int64_t i = 0; i < count; i += kLanes) store_as(delta + i, dots(T{}, dout, out, i));
+    }
+    return {room.lse, delta};
 }
 
-// Adds the part of the chunk to dq of the tile, and writes it where it is the last one.
+// Adds the part of the chunk to dq of the tile, which is whole where the chunk is the last one.
 template <class T>
-inline void add_to_dq(BackwardParams const& p, Chunk const& chunk, int64_t tile, int64_t count, Left const& weights,
-                      BackwardRoom<T> const& room) {
-    float* const dq = chunk.dq ? chunk.dq + tile * room.rows * room.columns : room.dq;
-    if (chunk.index) wait_for(chunk.done + tile, chunk.index);
-    multiply<T>(weights, count, room.k_depth, words_of<T>(chunk.count), Panels(p.sizes.D),
-                {dq, room.columns, chunk.index ? Before::added : Before::ignored});
-    if (chunk.is_last) {
-        write_rows(T{}, dq, room.columns, count, p.sizes.D,
-                   head_of<T>(p.dq, chunk.b, chunk.n, tile * chunk.queries_at_once), p.dq.stride_l,
-                   [&](int64_t) { return p.scale; });
-    } else {
-        __atomic_store_n(chunk.done + tile, chunk.index + 1, __ATOMIC_RELEASE);
+inline void add_to_dq(BackwardParams const& p, Chunk const& chunk, int64_t first, int64_t count, Left const& weights,
+                      uint16_t* lower, BackwardRoom<T> const& room) {
+    int64_t const D = p.sizes.D;
+    multiply<T>(weights, count, room.k_depth, words_of<T>(chunk.count), Panels(D), {room.dq, room.columns});
+    auto* dq = head_of<T>(p.dq, chunk.b, chunk.n, first);
+    for (int64_t i = 0; i < count; ++i, dq += p.dq.stride_l, lower += room.columns) {
+        for (int64_t d = 0; d < D; d += kLanes) {
+            Vec sum = load_as<Vec>(room.dq + i * room.columns + d);
+            if (!chunk.is_first) sum += unfinished(T{}, dq + d, lower + d, D - d);
+            if (chunk.is_last) {
+                store_some(T{}, dq + d, sum * p.scale, D - d);
+            } else {
+                keep(T{}, sum, dq + d, lower + d, D - d);
+            }
+        }
     }
 }
 
@@ -177,18 +220,24 @@ void backward(BackwardParams const& p, Chunk const& chunk, float* memory) {
     for (int64_t tile = 0; tile * chunk.queries_at_once < queries; ++tile) {
         int64_t const first = tile * chunk.queries_at_once;
         int64_t const count = least(chunk.queries_at_once, queries - first);
-        pack_queries(p, chunk, first, count, room);
+        if (chunk.before) wait_for(chunk.before, int32_t(tile + 1));
+        Shared<T> const shared(chunk.shared + tile * shared_floats<T>(D, room.rows), room.rows);
+        Rows const known = pack_queries(p, chunk, first, count, shared.delta, room);
         multiply<T>({room.q, room.words, 1}, count, room.k, words, keys, {room.scores, room.scores_row});
         multiply<T>({room.dout, room.words, 1}, count, room.v, words, keys, {room.gradients, room.scores_row});
         Weights const weights = weigh(T{}, room.scores, room.gradients, room.scores_row, count, chunk.count,
-                                      p.scale, room.known);
+                                      p.scale, known);
         Before const before = tile ? Before::added : Before::ignored;
         multiply<T>(weights.for_dv, chunk.count, room.dout_depth, words_of<T>(count), features,
                     {room.dv, room.columns, before});
         multiply<T>(weights.for_dk, chunk.count, room.q_depth, words_of<T>(count), features,
                     {room.dk, room.columns, before});
-        add_to_dq(p, chunk, tile, count, weights.for_dq, room);
+        add_to_dq(p, chunk, first, count, weights.for_dq, shared.lower, room);
+        __atomic_store_n(chunk.left, int32_t(tile + 1), __ATOMIC_RELEASE);
     }
+    // which a head of fewer tiles has not seen for itself
+    if (chunk.before) wait_for(chunk.before, kAllTiles);
+    __atomic_store_n(chunk.left, kAllTiles, __ATOMIC_RELEASE);
     write_rows(T{}, room.dv, room.columns, chunk.count, D, head_of<T>(p.dv, chunk.b, chunk.n, chunk.first),
                p.dv.stride_l, [](int64_t) { return 1.0f; });
     write_rows(T{}, room.dk, room.columns, chunk.count, D, head_of<T>(p.dk, chunk.b, chunk.n, chunk.first),

@@ -14,15 +14,6 @@ inline Vec exp(T, Vec v) {
     return exp2_of_product<sizeof(typename T::Storage) == 2>(at_least(v, kLowestPower), Vec{} + kLog2E);
 }
 
-inline float max_lanes(Vec v) {
-    float lanes[kLanes];
-    store_as(lanes, v);
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) lanes[i] = lanes[i + width] > lanes[i] ? lanes[i + width] : lanes[i];
-    }
-    return lanes[0];
-}
-
 // The larger of each lane; where either is NaN, the second or NaN.
 inline Vec larger(Vec a, Vec b) {
 #if defined(__AVX512F__)
@@ -66,12 +57,25 @@ inline void write_probabilities(BFloat16, float* row, int64_t key, Vec a, Vec b)
 }
 #endif
 
-inline float highest_of(float const* scores, int64_t count) {
+inline Vec highest_of(float const* scores, int64_t count) {
     Vec highest = Vec{} - __builtin_inff();
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) highest = larger(load_as<Vec>(scores + i), highest);
     if (i < count) highest = larger(keep_or(load_as<Vec>(scores + i), count - i, -__builtin_inff()), highest);
-    return max_lanes(highest);
+    return highest;
+}
+
+// Of up to kLanes rows what is highest now, and what that leaves of earlier results.
+inline void raise(float const* scores, int64_t row, int64_t rows, int64_t count, float scale, float* highest,
+                  float* keep) {
+    Vec lanes[kLanes] = {};
+    for (int64_t i = 0; i < rows; ++i) lanes[i] = highest_of(scores + i * row, count);
+    transpose(lanes);
+    Vec const before = load_as<Vec>(highest);
+    Vec now = before;
+    for (Vec const& each : lanes) now = larger(each, now);
+    store_as(highest, now);
+    store_as(keep, exp(Float32{}, (before - now) * scale));
 }
 
 // Scores of `rows` queries become probabilities, up to a factor for each row that is known at the end; in place,
@@ -80,11 +84,10 @@ template <class T>
 inline void exponentiate(T type, float* scores, int64_t row, int64_t rows, int64_t count, float scale,
                          Running const& running) {
     for (int64_t i = 0; i < rows; ++i, scores += row) {
-        float const before = running.highest[i];
-        float const now = highest_of(scores, count);
-        float const highest = before > now ? before : now;
-        running.highest[i] = highest;
-        running.keep[i] = exp(Float32{}, Vec{} + (before - highest) * scale)[0];
+        if (i % kLanes == 0) {
+            raise(scores, row, least(kLanes, rows - i), count, scale, running.highest + i, running.keep + i);
+        }
+        float const highest = running.highest[i];
         Vec sum = load_as<Vec>(running.sums + i * kLanes) * running.keep[i];
         for (int64_t key = 0; key < count; key += 2 * kLanes) {
             Vec a = exp(type, (load_as<Vec>(scores + key) - highest) * scale);
@@ -113,24 +116,30 @@ inline void finish(ForwardParams const& p, Block const& block, float* out, int64
                [&](int64_t i) { return running.keep[i]; });
 }
 
-// The memory of a block; `keys` at once.
+// Features of the heads that sizes were tried with.
+constexpr int64_t kTunedFor = 128;
+
+// The memory of a block; `keys` at once. Scores are made for some of the queries at a time, in little memory, while
+// keys and values that are packed once serve all of the block. Wider heads have few queries in a block.
 template <class T>
 struct ForwardRoom {
-    int64_t rows, scores_row, words, columns;
+    static constexpr int64_t kScored = 2 * kRows;
+    int64_t rows, scored, scores_row, words, columns;
     float *q, *k, *v, *scores, *out;
     Running running;
 
     ForwardRoom(Room& room, int64_t D, int64_t queries, int64_t keys)
         : rows(round_up(queries, kRows)),
+          scored(D > kTunedFor ? rows : least(rows, kScored)),
           scores_row(round_up(keys, 2 * kLanes)),
           words(round_up(words_of<T>(D), kLanes)),
           columns(round_up(D, kLanes)),
-          q(room.take(rows * words)),
+          q(room.take(scored * words)),
           k(room.take(words * scores_row)),
-          v(room.take(scores_row * columns)),
-          scores(room.take(rows * scores_row)),
+          v(room.take(words_of<T>(scores_row) * columns)),
+          scores(room.take(scored * scores_row)),
           out(room.take(rows * columns)),
-          running{room.take(rows), room.take(rows), room.take(rows * kLanes)} {}
+          running{room.take(round_up(rows, kLanes)), room.take(round_up(rows, kLanes)), room.take(rows * kLanes)} {}
 };
 
 template <class T>
@@ -147,30 +156,53 @@ inline void negate(float* words, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) store_as(words + i, load_as<VecBits>(words + i) ^ signs);
 }
 
+// Sums over the packed keys are added to those of some queries, from `first` on in the block. Values are packed when
+// the first ones need them, queries once where there is room for all.
+template <class T>
+inline void attend_packed(Tokens<T> const& q, int64_t first, Tokens<T> const& v, float scale, Before before,
+                          ForwardRoom<T> const& room) {
+    int64_t const padded = round_up(q.count, kRows);
+    Running const running{room.running.highest + first, room.running.keep + first,
+                          room.running.sums + first * kLanes};
+    if (before == Before::ignored || room.scored < room.rows) {
+        pack_rows(q, padded, room.q);
+        // with a negative scale, the other way round
+        if (scale < 0) negate<T>(room.q, padded * room.words);
+    }
+    multiply<T>({room.q, room.words, 1}, q.count, room.k, words_of<T>(q.D), Panels(v.count),
+                {room.scores, room.scores_row});
+    exponentiate(T{}, room.scores, room.scores_row, q.count, v.count, __builtin_fabsf(scale), running);
+    if (first == 0) pack_depth(T{}, v, room.v);
+    multiply<T>({room.scores, room.scores_row, 1}, q.count, room.v, words_of<T>(v.count), Panels(q.D),
+                {room.out + first * room.columns, room.columns, before, running.keep});
+}
+
+// All queries of a block against the keys that they see, `at_once` of them at a time.
+template <class T>
+inline void attend(Tokens<T> const& q, Tokens<T> const& k, Tokens<T> const& v, int64_t at_once, float scale,
+                   ForwardRoom<T> const& room) {
+    // finite: where all scores so far are -inf, their differences to it are too, and not NaN
+    for (int64_t i = 0; i < room.rows; ++i) room.running.highest[i] = -__FLT_MAX__;
+    std::memset(room.running.sums, 0, size_t(room.rows * kLanes) * sizeof(float));
+    for (int64_t key = 0; key < k.count; key += at_once) {
+        int64_t const count = least(at_once, k.count - key);
+        pack_columns(k.part(key, count), room.k);
+        for (int64_t first = 0; first < q.count; first += room.scored) {
+            attend_packed(q.part(first, least(room.scored, q.count - first)), first, v.part(key, count), scale,
+                          key ? Before::scaled : Before::ignored, room);
+        }
+    }
+}
+
 template <class T>
 void forward(ForwardParams const& p, Block const& block, float* memory) {
     int64_t const D = p.sizes.D, keys = p.lengths[block.b];
     Room whole(memory);
     ForwardRoom<T> const room(whole, D, block.count, block.keys_at_once);
-    pack_rows(tokens_of<T>(p.q, block.b, block.n, block.first, block.count, D), room.rows, room.q);
-    // with a negative scale, the other way round
-    float const scale = __builtin_fabsf(p.scale);
-    if (p.scale < 0) negate<T>(room.q, room.rows * room.words);
-    // finite: where all scores so far are -inf, their differences to it are too, and not NaN
-    for (int64_t i = 0; i < room.rows; ++i) room.running.highest[i] = -__FLT_MAX__;
-    std::memset(room.running.sums, 0, size_t(room.rows * kLanes) * sizeof(float));
-
-    for (int64_t key = 0; key < keys; key += block.keys_at_once) {
-        int64_t const count = least(block.keys_at_once, keys - key);
-        pack_columns(tokens_of<T>(p.k, block.b, block.n, key, count, D), room.k);
-        multiply<T>({room.q, room.words, 1}, block.count, room.k, words_of<T>(D), Panels(count),
-                    {room.scores, room.scores_row});
-        exponentiate(T{}, room.scores, room.scores_row, block.count, count, scale, room.running);
-        pack_depth(T{}, tokens_of<T>(p.v, block.b, block.n, key, count, D), room.v);
-        multiply<T>({room.scores, room.scores_row, 1}, block.count, room.v, words_of<T>(count), Panels(D),
-                    {room.out, room.columns, key ? Before::scaled : Before::ignored, room.running.keep});
-    }
-    finish<T>(p, block, room.out, room.columns, scale, room.running);
+    attend(tokens_of<T>(p.q, block.b, block.n, block.first, block.count, D),
+           tokens_of<T>(p.k, block.b, block.n, 0, keys, D), tokens_of<T>(p.v, block.b, block.n, 0, keys, D),
+           block.keys_at_once, p.scale, room);
+    finish<T>(p, block, room.out, room.columns, __builtin_fabsf(p.scale), room.running);
 }
 
 }  // namespace hunyuan_fast::rope3d_attention::HUNYUAN_FAST_ISA

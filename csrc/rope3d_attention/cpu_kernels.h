@@ -6,9 +6,7 @@
 
 namespace hunyuan_fast::rope3d_attention::HUNYUAN_FAST_ISA {
 
-// Found by trying, with heads of 128 features on a core with 1 MB; wider heads leave room for fewer tokens.
-constexpr int64_t kTunedFor = 128;
-
+// Found by trying, on a core with 1 MB; wider heads leave room for fewer tokens.
 inline int64_t shrunk(int64_t tokens, int64_t D) {
     if (D <= kTunedFor) return tokens;
     int64_t const fitting = tokens * kTunedFor / D / kRows * kRows;
@@ -17,19 +15,17 @@ inline int64_t shrunk(int64_t tokens, int64_t D) {
 
 template <class T>
 Tiles forward_tiles(int64_t D) {
-    return {shrunk(384, D), 192 * kPerWord<T>};
+    return {shrunk(384, D), 192};
 }
 
 template <class T>
 Tiles backward_tiles(int64_t D) {
-    return {shrunk(96, D), shrunk(192 * kPerWord<T>, D)};
+    return {shrunk(96, D), shrunk(192, D)};
 }
 
-inline int64_t padded(int64_t D) { return round_up(D, kLanes); }
-
 template <class T>
-constexpr CpuKernels kKernels = {&forward_tiles<T>, &backward_tiles<T>, &padded, &forward_room<T>,
-                                 &backward_room<T>, &forward<T>, &backward<T>};
+constexpr CpuKernels kKernels = {&forward_tiles<T>, &backward_tiles<T>, &forward_room<T>, &backward_room<T>,
+                                 &shared_floats<T>, &forward<T>,       &backward<T>};
 
 inline CpuKernels const& kernels_of(DType dtype) {
     switch (dtype) {

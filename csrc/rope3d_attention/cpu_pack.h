@@ -16,12 +16,21 @@ struct Tokens {
     int64_t const* index = nullptr;
 
     typename T::Storage const* row(int64_t token) const { return data + (index ? index[token] : token) * stride; }
+    Tokens part(int64_t first, int64_t size) const {
+        return {index ? data : data + first * stride, stride, size, D, index ? index + first : nullptr};
+    }
 };
 
 template <class T>
 inline Vec load_some(T type, typename T::Storage const* p, int64_t count) {
     if (count >= kLanes) return load(type, p);
     return count > 0 ? load_tail(type, p, count) : Vec{};
+}
+
+template <class T>
+inline void store_some(T type, typename T::Storage* p, Vec v, int64_t count) {
+    if (count >= kLanes) return store(type, p, v);
+    store_tail(type, p, v, count);
 }
 
 // Words [word, word + kLanes) of a row, zero past its end.
@@ -151,9 +160,7 @@ inline void write_rows(T type, float const* from, int64_t from_stride, int64_t c
                        typename T::Storage* to, int64_t to_stride, Factor factor) {
     for (int64_t i = 0; i < count; ++i, from += from_stride, to += to_stride) {
         float const by = factor(i);
-        int64_t d = 0;
-        for (; d + kLanes <= D; d += kLanes) store(type, to + d, load_as<Vec>(from + d) * by);
-        if (d < D) store_tail(type, to + d, load_as<Vec>(from + d) * by, D - d);
+        for (int64_t d = 0; d < D; d += kLanes) store_some(type, to + d, load_as<Vec>(from + d) * by, D - d);
     }
 }
 

@@ -26,6 +26,8 @@ inline int64_t even_part(int64_t whole, int64_t most, int64_t step) {
     return std::min(most, parts_of(parts_of(whole, parts), step) * step);
 }
 
+inline int64_t aligned(int64_t floats) { return parts_of(floats, kAlignment) * kAlignment; }
+
 class Floats {
 public:
     explicit Floats(int64_t count) : memory_(new float[size_t(count + kAlignment / 4)]) {}
@@ -38,18 +40,21 @@ private:
     std::unique_ptr<float[]> memory_;
 };
 
-// Calls body(index, room) for all of [0, count), each thread with its own room of so many floats. Indices are begun in
-// rising order.
+// Calls body(room) on so many threads, each with its own room of so many floats; where there are fewer threads, one
+// call may come after another.
+template <class Body>
+void run_with_rooms(int64_t threads, int64_t floats, int num_threads, Body const& body) {
+    int64_t const each = aligned(floats);
+    Floats const rooms(threads * each);
+    parallel_for(threads, 1, num_threads, [&](int64_t i, int64_t) { body(rooms.begin() + i * each); });
+}
+
+// Calls body(index, room) for all of [0, count), in rising order.
 template <class Body>
 void run_with_room(int64_t count, int64_t floats, int num_threads, Body const& body) {
-    int64_t const workers = std::min<int64_t>(count, std::max(num_threads, 1));
-    int64_t const each = parts_of(floats, kAlignment) * kAlignment;
-    Floats const rooms(workers * each);
     std::atomic<int64_t> next{0};
-    parallel_for(workers, 1, num_threads, [&](int64_t worker, int64_t) {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-            body(i, rooms.begin() + worker * each);
-        }
+    run_with_rooms(std::min<int64_t>(count, std::max(num_threads, 1)), floats, num_threads, [&](float* room) {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i, room);
     });
 }
 

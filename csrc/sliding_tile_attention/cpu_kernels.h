@@ -32,25 +32,10 @@ void forward_block(ForwardParams const& p, Block const& block, float* memory) {
     int64_t const D = p.sizes.D;
     Room whole(memory);
     ForwardRoom<T> const room(whole, D, block.count, block.keys_at_once);
-    pack_rows(tokens_at<T>(p.q, block, block.queries, block.count, D), room.rows, room.q);
-    // with a negative scale, the other way round
-    float const scale = __builtin_fabsf(p.scale);
-    if (p.scale < 0) negate<T>(room.q, room.rows * room.words);
-    // finite: where all scores so far are -inf, their differences to it are too, and not NaN
-    for (int64_t i = 0; i < room.rows; ++i) room.running.highest[i] = -__FLT_MAX__;
-    std::memset(room.running.sums, 0, size_t(room.rows * kLanes) * sizeof(float));
-
-    for (int64_t key = 0; key < block.num_keys; key += block.keys_at_once) {
-        int64_t const count = least(block.keys_at_once, block.num_keys - key);
-        pack_columns(tokens_at<T>(p.k, block, block.keys + key, count, D), room.k);
-        multiply<T>({room.q, room.words, 1}, block.count, room.k, words_of<T>(D), Panels(count),
-                    {room.scores, room.scores_row});
-        exponentiate(T{}, room.scores, room.scores_row, block.count, count, scale, room.running);
-        pack_depth(T{}, tokens_at<T>(p.v, block, block.keys + key, count, D), room.v);
-        multiply<T>({room.scores, room.scores_row, 1}, block.count, room.v, words_of<T>(count), Panels(D),
-                    {room.out, room.columns, key ? Before::scaled : Before::ignored, room.running.keep});
-    }
-    scatter<T>(p, block, room.out, room.columns, scale, room.running);
+    attend(tokens_at<T>(p.q, block, block.queries, block.count, D),
+           tokens_at<T>(p.k, block, block.keys, block.num_keys, D),
+           tokens_at<T>(p.v, block, block.keys, block.num_keys, D), block.keys_at_once, p.scale, room);
+    scatter<T>(p, block, room.out, room.columns, __builtin_fabsf(p.scale), room.running);
 }
 
 template <class T>
