@@ -34,12 +34,12 @@ CpuKernels const& kernels(DType dtype) {
     }
 }
 
-// Samples by falling length: what takes longest comes first.
+// Samples by falling number of scores: what takes longest comes first, and what takes no time last.
 std::vector<int64_t> longest_first(Inputs const& p) {
     std::vector<int64_t> samples(size_t(p.sizes.B));
     for (size_t b = 0; b < samples.size(); ++b) samples[b] = int64_t(b);
     std::stable_sort(samples.begin(), samples.end(),
-                     [&](int64_t a, int64_t b) { return p.lengths[a] > p.lengths[b]; });
+                     [&](int64_t a, int64_t b) { return p.lengths[a] * p.queries[a] > p.lengths[b] * p.queries[b]; });
     return samples;
 }
 
@@ -48,10 +48,10 @@ std::vector<Block> blocks_of(Inputs const& p, CpuKernels const& kernel, int num_
     Tiles const most = kernel.forward_tiles(p.sizes.D);
     int64_t const heads = p.sizes.B * p.sizes.N;
     for (int64_t b : longest_first(p)) {
-        int64_t const length = p.lengths[b];
+        int64_t const length = p.queries[b];
         if (length == 0) break;
         int64_t const queries = queries_per_block(length, most.queries, heads, std::max(num_threads, 1));
-        int64_t const keys = even_part(length, most.keys, 32);
+        int64_t const keys = even_part(p.lengths[b], most.keys, 32);
         for (int64_t n = 0; n < p.sizes.N; ++n) {
             for (int64_t first = 0; first < length; first += queries) {
                 blocks.push_back({b, n, first, std::min(queries, length - first), keys});
@@ -86,12 +86,12 @@ std::vector<Head> heads_of(Inputs const& p, CpuKernels const& kernel) {
     Tiles const most = kernel.backward_tiles(p.sizes.D);
     std::vector<Head> heads;
     for (int64_t b : longest_first(p)) {
-        int64_t const length = p.lengths[b];
+        int64_t const length = p.lengths[b], own = p.queries[b];
         if (length == 0) break;
         int64_t const keys = even_part(length, most.keys, 8);
-        int64_t const queries = std::min(most.queries, parts_of(length, kRows) * kRows);
+        int64_t const queries = std::min(most.queries, parts_of(own, kRows) * kRows);
         for (int64_t n = 0; n < p.sizes.N; ++n) {
-            heads.push_back({b, n, keys, parts_of(length, keys), queries, parts_of(length, queries)});
+            heads.push_back({b, n, keys, parts_of(length, keys), queries, parts_of(own, queries)});
         }
     }
     return heads;
@@ -201,9 +201,13 @@ private:
 };
 
 void clear_padding(BackwardParams const& p, int64_t element, int num_threads) {
-    if (std::all_of(p.lengths, p.lengths + p.sizes.B, [&](int64_t length) { return length == p.sizes.L; })) return;
+    auto const all = [&](int64_t const* lengths, int64_t whole) {
+        return std::all_of(lengths, lengths + p.sizes.B, [&](int64_t length) { return length == whole; });
+    };
+    if (all(p.lengths, p.keys) && all(p.queries, p.sizes.L)) return;
     parallel_for(p.sizes.B, 1, num_threads, [&](int64_t b, int64_t) {
-        for (Heads const* x : {&p.dq, &p.dk, &p.dv}) clear_rows(*x, p.sizes, b, p.lengths[b], element);
+        clear_rows(p.dq, p.sizes, b, p.queries[b], element);
+        for (Heads const* x : {&p.dk, &p.dv}) clear_rows(*x, p.key_sizes(), b, p.lengths[b], element);
     });
 }
 
@@ -228,7 +232,7 @@ void forward_cpu(DType dtype, ForwardParams const& p, int num_threads) {
     // after the blocks the padding of each sample
     run_with_room(count + p.sizes.B, plan.room, num_threads, [&](int64_t i, float* room) {
         if (i < count) return kernel.forward(p, plan.blocks[size_t(i)], room);
-        int64_t const b = i - count, length = p.lengths[b];
+        int64_t const b = i - count, length = p.queries[b];
         clear_rows(p.out, p.sizes, b, length, element_size(dtype));
         for (int64_t n = 0; n < p.sizes.N; ++n) {
             float* const lse = p.lse + (b * p.sizes.N + n) * p.sizes.L;

@@ -175,6 +175,10 @@ inline Rows pack_queries(BackwardParams const& p, Chunk const& chunk, int64_t fi
     pack_depth(T{}, dout, room.dout_depth);
     float const* const lse = p.lse + (chunk.b * p.sizes.N + chunk.n) * p.sizes.L + first;
     for (int64_t i = 0; i < room.rows; ++i) room.lse[i] = i < count ? lse[i] : 0.0f;
+    // a row that has seen no key has no probabilities
+    for (int64_t i = 0; i < count; ++i) {
+        if (lse[i] == -__builtin_inff()) room.lse[i] = __builtin_inff();
+    }
     if (chunk.is_first) {
         auto const out = tokens_of<T>(p.out, chunk.b, chunk.n, first, count, D);
         for (int64_t i = 0; i < count; i += kLanes) store_as(delta + i, dots(T{}, dout, out, i));
@@ -204,7 +208,7 @@ inline void add_to_dq(BackwardParams const& p, Chunk const& chunk, int64_t first
 
 template <class T>
 void backward(BackwardParams const& p, Chunk const& chunk, float* memory) {
-    int64_t const D = p.sizes.D, queries = p.lengths[chunk.b], words = words_of<T>(D);
+    int64_t const D = p.sizes.D, queries = p.queries[chunk.b], words = words_of<T>(D);
     Room whole(memory);
     BackwardRoom<T> const room(whole, D, chunk.queries_at_once, chunk.count);
     auto const k = tokens_of<T>(p.k, chunk.b, chunk.n, chunk.first, chunk.count, D);
