@@ -125,12 +125,12 @@ void backward_host(TensorView const& dout, TensorView const& out, TensorView con
     backward_cpu(q.dtype, p, num_threads);
 }
 
-// Bytes beside tensors that forward and backward have while they run, where queries are the tokens of the keys.
+// Bytes beside tensors that forward and backward have while they run.
 std::pair<int64_t, int64_t> bytes_host(TensorView const& q, TensorView const& kv_len, int num_threads) {
     Inputs p;
     p.sizes = sizes_of(q);
-    auto const lengths = lengths_of(kv_len, "kv_len", p.sizes.B, p.sizes.L);
     p.keys = p.sizes.L;
+    auto const lengths = lengths_of(kv_len, "kv_len", p.sizes.B, p.keys);
     p.lengths = p.queries = lengths.data();
     return {forward_bytes(q.dtype, p, num_threads), backward_bytes(q.dtype, p, num_threads)};
 }

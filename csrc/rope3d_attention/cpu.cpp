@@ -86,13 +86,12 @@ std::vector<Head> heads_of(Inputs const& p, CpuKernels const& kernel) {
     Tiles const most = kernel.backward_tiles(p.sizes.D);
     std::vector<Head> heads;
     for (int64_t b : longest_first(p)) {
-        int64_t const length = p.lengths[b];
+        int64_t const length = p.lengths[b], own = p.queries[b];
         if (length == 0) break;
         int64_t const keys = even_part(length, most.keys, 8);
-        int64_t const rows = p.queries[b];
-        int64_t const queries = std::min(most.queries, parts_of(rows, kRows) * kRows);
+        int64_t const queries = std::min(most.queries, parts_of(own, kRows) * kRows);
         for (int64_t n = 0; n < p.sizes.N; ++n) {
-            heads.push_back({b, n, keys, parts_of(length, keys), queries, parts_of(rows, queries)});
+            heads.push_back({b, n, keys, parts_of(length, keys), queries, parts_of(own, queries)});
         }
     }
     return heads;

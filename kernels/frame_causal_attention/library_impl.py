@@ -45,7 +45,7 @@ def forward(
     out = q.new_empty(q.shape)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty((batch, num_heads, queries), dtype=lse_dtype)
-    for rows, visible in _frames(q, k, tokens_per_frame):
+    for rows, visible in frames(q, k, tokens_per_frame):
         result, sums = run(q[:, rows], k[:, :visible], v[:, :visible], scale)
         out[:, rows] = result
         lse[:, :, rows] = sums
@@ -69,7 +69,7 @@ def backward(
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     dq = q.new_empty(q.shape)
     dk, dv = (x.new_zeros(x.shape, dtype=accumulate) for x in (k, v))
-    for rows, visible in _frames(q, k, tokens_per_frame):
+    for rows, visible in frames(q, k, tokens_per_frame):
         of_queries = dout[:, rows], out[:, rows], lse[:, :, rows], q[:, rows]
         dq[:, rows], key_share, value_share = run(
             *of_queries, k[:, :visible], v[:, :visible], scale
@@ -79,7 +79,7 @@ def backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _frames(q: Tensor, k: Tensor, tokens_per_frame: int) -> list[tuple[slice, int]]:
+def frames(q: Tensor, k: Tensor, tokens_per_frame: int) -> list[tuple[slice, int]]:
     """The queries of every frame, and how many keys, the first ones, they see."""
     queries, keys = q.shape[1], k.shape[1]
     ends = range(tokens_per_frame, queries + 1, tokens_per_frame)

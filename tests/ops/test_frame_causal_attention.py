@@ -21,6 +21,7 @@ from tests.ops.frame_causal_attention_cases import (
     ROOM,
     Call,
     answering,
+    default,
     draw_call,
     emulation_of,
     judge,
@@ -235,7 +236,7 @@ def test_backward_keeps_inputs_output_and_one_number_a_row(generator):
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2)], ids=str)
 def test_some_inputs_need_no_gradient(needed, generator):
     call = draw_call(generator)
-    expected = run("library_impl", call)[1:]
+    expected = run(default(call), call)[1:]
     leaves = [x.requires_grad_(i in needed) for i, x in enumerate(call.tensors)]
     out = frame_causal_attention(*leaves, tokens_per_frame=call.tokens)
     gradients = torch.autograd.grad(out, [leaves[i] for i in needed], call.dout)
@@ -288,12 +289,17 @@ def test_compiled_gradients(generator):
     leaves = [x.requires_grad_() for x in call.tensors]
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")(*leaves)
     gradients = torch.autograd.grad(compiled, leaves, call.dout)
-    for got, wanted in zip(gradients, run("library_impl", call)[1:], strict=True):
+    for got, wanted in zip(gradients, run(default(call), call)[1:], strict=True):
         assert_equal(got, wanted)
 
 
-def test_torch_answers_on_the_cpu(generator):
-    assert explain(ROOM, *draw_call(generator).arguments)["library_impl"] is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
+def test_who_answers_on_the_cpu(dtype, generator):
+    call = draw_call(generator, dtype=dtype)
+    native = implementations(ROOM).get("cpu_impl")
+    left_to_torch = native is None or dtype == torch.float64 or native.prefers("cpu", call.q)
+    assert default(call) == ("library_impl" if left_to_torch else "cpu_impl")
+    assert explain(ROOM, *call.arguments)["library_impl"] is None
     assert explain(ROOM, *reference.example(torch.device("cpu")))["reference"] is None
 
 

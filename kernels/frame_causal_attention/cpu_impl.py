@@ -1,0 +1,76 @@
+"""Frame-causal attention by the C++ kernels of joint attention, one call for every frame.
+
+What the queries of a frame see is a prefix of the keys: a view, of which nothing is copied. The
+gradients of keys and values are sums over frames, added up in fp32; the kernels round the share of
+each frame.
+"""
+
+import torch
+from torch import Tensor
+
+from hunyuan_fast.kernels.frame_causal_attention.library_impl import frames
+from hunyuan_fast.kernels.rope3d_attention import cpu_impl as joint
+
+VERIFIED_ON = frozenset({"cpu"})
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, scale: float) -> str | None:
+    """None, or why the C++ kernels cannot answer this call."""
+    if q.numel() == 0:
+        return f"the tensors are empty, q has shape {tuple(q.shape)}"
+    return joint.supports(q, k, v, None, scale)
+
+
+def prefers(arch: str, q: Tensor, *_: object) -> str | None:
+    """``library_impl`` where joint attention leaves fp32 to torch."""
+    return joint.prefers(arch, q)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention output (B, Lq, N, D) and log-sum-exp (B, N, Lq)."""
+    batch, queries, num_heads, _ = q.shape
+    q, k, v = (_rows(x) for x in (q, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty((batch, num_heads, queries), dtype=torch.float32)
+    whole = _whole_frames(batch, tokens_per_frame)
+    for rows, visible in frames(q, k, tokens_per_frame):
+        tensors = q[:, rows], k[:, :visible], v[:, :visible]
+        _, lse[:, :, rows] = joint.forward(*tensors, None, scale, out[:, rows], whole)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens_per_frame: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in their shapes."""
+    dout, out, q, k, v = (_rows(x) for x in (dout, out, q, k, v))
+    dq = torch.empty(q.shape, dtype=q.dtype)
+    dk, dv = (torch.zeros(x.shape) for x in (k, v))
+    whole = _whole_frames(q.shape[0], tokens_per_frame)
+    for rows, visible in frames(q, k, tokens_per_frame):
+        of_queries = dout[:, rows], out[:, rows], lse[:, :, rows], q[:, rows]
+        dq[:, rows], key_share, value_share = joint.backward(
+            *of_queries, k[:, :visible], v[:, :visible], None, scale, whole
+        )
+        dk[:, :visible] += key_share
+        dv[:, :visible] += value_share
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _whole_frames(batch: int, tokens_per_frame: int) -> Tensor:
+    """``q_len`` of the queries of a frame: all of them."""
+    return torch.full((batch,), tokens_per_frame)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """The tensor with its features adjacent, once for all frames."""
+    return t if t.stride(-1) == 1 else t.contiguous()
