@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from typing_extensions import Self
 
+from hunyuan_fast.distributed.cuts import Cut
 from hunyuan_fast.models.weights.configs import check_depth, read_config
 from hunyuan_fast.models.weights.errors import CheckpointError
 from hunyuan_fast.models.weights.loader import load, without_memory
@@ -28,11 +30,13 @@ class Pretrained:
     component: the model's folder in a pipeline. The names of its parameters in other layouts are
     the functions `rules(config)`, `config_to_diffusers(config)` and `config_from_diffusers(dict)`
     of the module `checkpoint` that lies beside the model's.
+    cuts: how the parameters are cut that other processes hold parts of, by name.
     """
 
     config_class: ClassVar[type]
     component: ClassVar[str]
     config: Any
+    cuts: Mapping[str, Cut] = MappingProxyType({})
 
     @classmethod
     def from_config(cls, config: Any) -> Self:

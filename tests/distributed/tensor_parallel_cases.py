@@ -1,0 +1,147 @@
+"""What ranks of a tensor-parallel group compute, against the same model on one process."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from hunyuan_fast.distributed.mesh import Layout, build_mesh
+from hunyuan_fast.distributed.traffic import count_traffic
+from hunyuan_fast.models.dit import tensor_parallel
+from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
+from hunyuan_fast.models.dit.tensor_parallel import parallelize_tensors
+from hunyuan_fast.modules import tensor_parallel as layers
+from tests.models.dit_cases import tiny_inputs, tiny_model
+
+# 12 heads for every number of ranks; the channels of the network divide by none of them.
+SIZES: dict[str, Any] = {
+    "hidden_size": 96,
+    "heads_num": 12,
+    "rope_dim_list": (2, 2, 4),
+    "mlp_width_ratio": 1.05,
+    "mm_double_blocks_depth": 2,
+    "mm_single_blocks_depth": 1,
+}
+# Grids of 18, 7, 12 and 13 video tokens with 7, 1, 4 and 5 text tokens: of each number of ranks
+# some are multiples, others leave one or all but one, and one token of text is not for all.
+CASES: tuple[dict[str, Any], ...] = (
+    {"size": (3, 4, 6), "text_lengths": (7, 3), "text_length": 7},
+    {"size": (1, 2, 14), "text_lengths": (1, 1), "text_length": 1},
+    {"size": (1, 6, 8), "text_lengths": (4, 0), "text_length": 4},
+    {"size": (13, 2, 2), "text_lengths": (2,), "text_length": 5},
+)
+
+Gradients = dict[str, Tensor]
+
+
+def transformer(**changes: Any) -> HunyuanVideoTransformer:
+    """The same weights on every rank."""
+    return tiny_model(torch.Generator().manual_seed(1), **{**SIZES, **changes})
+
+
+def shared_transformer(
+    ranks: int, sequence_parallel: bool, dtype: torch.dtype = torch.float32
+) -> HunyuanVideoTransformer:
+    """The part of this process of :func:`transformer`."""
+    model = transformer().to(dtype)
+    parallelize_tensors(
+        model, build_mesh(Layout(tp=ranks), "cpu"), sequence_parallel=sequence_parallel
+    )
+    return model
+
+
+def inputs_of(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs, rounded to the dtype where they are floating."""
+    inputs = tiny_inputs(torch.Generator().manual_seed(2), **case)
+    return {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
+
+
+def step(
+    model: HunyuanVideoTransformer, cases: tuple[dict[str, Any], ...], dtype: torch.dtype
+) -> tuple[list[Tensor], Gradients]:
+    """Velocities of all cases, and the gradients of one loss over them, inputs included."""
+    model.zero_grad()
+    velocities, gradients, loss = [], {}, torch.zeros(())
+    leaves = {}
+    for number, case in enumerate(cases):
+        inputs = inputs_of(case, dtype)
+        for name in ("latents", "text_states", "pooled_text"):
+            leaves[f"{name} {number}"] = inputs[name].requires_grad_()
+        velocity = model(**inputs)
+        weights = torch.randn(velocity.shape, generator=torch.Generator().manual_seed(3))
+        loss = loss + (velocity * weights.to(dtype)).sum(dtype=torch.float64)
+        velocities.append(velocity.detach())
+    loss.backward()
+    for name, leaf in (*model.named_parameters(), *leaves.items()):
+        assert leaf.grad is not None, name
+        gradients[name] = leaf.grad.clone()
+    return velocities, gradients
+
+
+def compare(
+    ranks: int,
+    sequence_parallel: bool,
+    dtype: torch.dtype,
+    *,
+    checkpointing: bool = False,
+    cases: tuple[dict[str, Any], ...] = CASES,
+    fault: str | None = None,
+) -> dict[str, Any]:
+    """The worst differences from one process, and the gradients of what every process has whole."""
+    alone = transformer().to(dtype)
+    expected, wanted = step(alone, cases, dtype)
+    with FAULTS[fault]() if fault else nullcontext():
+        model = shared_transformer(ranks, sequence_parallel, dtype)
+        model.enable_gradient_checkpointing(checkpointing)
+        velocities, gradients = step(model, cases, dtype)
+        inference = [infer(model, case, dtype) for case in cases]
+    outputs = zip((*velocities, *inference), (*expected, *expected), strict=True)
+    cut = {n: model.cuts[n].take(x) if n in model.cuts else x for n, x in wanted.items()}
+    scale = max(x.abs().max() for x in wanted.values())
+    return {
+        "output": max(float((a - b).abs().max()) for a, b in outputs),
+        "gradient": {n: float((gradients[n] - cut[n]).abs().max() / scale) for n in wanted},
+        "replicated": {n: x for n, x in gradients.items() if n not in model.cuts},
+    }
+
+
+@torch.no_grad()
+def infer(model: HunyuanVideoTransformer, case: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    return model(**inputs_of(case, dtype))
+
+
+def _bias_by_every_rank() -> Any:
+    def with_bias(layer: Any, summand: Tensor) -> Tensor:
+        return layer.tokens.leave(summand + layer.bias)
+
+    return mock.patch.object(layers, "_with_bias", with_bias)
+
+
+def _flat_cut() -> Any:
+    cut = layers.Cut
+
+    def flat(dim: int, parts: tuple[int, ...], ranks: int, rank: int) -> Any:
+        return cut(dim, (sum(parts),), ranks, rank)
+
+    return mock.patch.object(layers, "Cut", flat)
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "the bias is added by every rank": _bias_by_every_rank,
+    "gradients of norms are not summed": lambda: mock.patch.object(
+        tensor_parallel, "shared", lambda weight, group: weight
+    ),
+    "gradients of modulations and biases are not summed": lambda: mock.patch.object(
+        layers.DividedTokens, "for_all", lambda tokens, x: x
+    ),
+    "gradients of tokens are not summed": lambda: mock.patch.object(
+        layers.Tokens, "enter", lambda tokens, x, stream: x
+    ),
+    "all parts are cut as one": _flat_cut,
+    "lengths are those of the last pass": lambda: mock.patch.object(
+        layers.DividedTokens, "bound", lambda tokens, block: block
+    ),
+}
