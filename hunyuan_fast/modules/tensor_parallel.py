@@ -172,6 +172,7 @@ class Fp8RowLinear(Fp8Linear):
 
 
 def _with_bias(layer: RowLinear | Fp8RowLinear, summand: Tensor) -> Tensor:
+    assert layer.bias is not None, "the layers of the blocks have one"
     total = layer.tokens.leave(summand)
     return total + layer.tokens.for_all(layer.bias).to(total.dtype)
 

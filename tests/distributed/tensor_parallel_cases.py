@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hunyuan_fast.distributed.mesh import Layout, build_mesh
-from hunyuan_fast.distributed.traffic import count_traffic
 from hunyuan_fast.models.dit import tensor_parallel
 from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
 from hunyuan_fast.models.dit.tensor_parallel import parallelize_tensors
