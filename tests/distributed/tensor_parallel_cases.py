@@ -1,18 +1,23 @@
 """What ranks of a tensor-parallel group compute, against the same model on one process."""
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
 from hunyuan_fast.distributed.mesh import Layout, build_mesh
+from hunyuan_fast.distributed.traffic import count_traffic
 from hunyuan_fast.models.dit import tensor_parallel
 from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
 from hunyuan_fast.models.dit.tensor_parallel import parallelize_tensors
+from hunyuan_fast.models.dit.windows import AttentionWindows
 from hunyuan_fast.modules import tensor_parallel as layers
+from hunyuan_fast.modules.fp8 import quantize_linears
 from tests.models.dit_cases import tiny_inputs, tiny_model
 
 # 12 heads for every number of ranks; the channels of the network divide by none of them.
@@ -59,19 +64,28 @@ def inputs_of(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def step(
-    model: HunyuanVideoTransformer, cases: tuple[dict[str, Any], ...], dtype: torch.dtype
+    model: HunyuanVideoTransformer,
+    cases: tuple[dict[str, Any], ...],
+    dtype: torch.dtype,
+    compute: torch.dtype | None = None,
 ) -> tuple[list[Tensor], Gradients]:
-    """Velocities of all cases, and the gradients of one loss over them, inputs included."""
+    """Velocities of all cases, and the gradients of one loss over them, inputs included.
+
+    dtype: to which inputs are rounded; they are then given in ``compute``, or in it
+    """
     model.zero_grad()
     velocities, gradients, loss = [], {}, torch.zeros(())
     leaves = {}
     for number, case in enumerate(cases):
-        inputs = inputs_of(case, dtype)
+        inputs = {
+            n: x.to(compute or dtype) if x.is_floating_point() else x
+            for n, x in inputs_of(case, dtype).items()
+        }
         for name in ("latents", "text_states", "pooled_text"):
             leaves[f"{name} {number}"] = inputs[name].requires_grad_()
         velocity = model(**inputs)
         weights = torch.randn(velocity.shape, generator=torch.Generator().manual_seed(3))
-        loss = loss + (velocity * weights.to(dtype)).sum(dtype=torch.float64)
+        loss = loss + (velocity * weights.to(velocity.dtype)).sum(dtype=torch.float64)
         velocities.append(velocity.detach())
     loss.backward()
     for name, leaf in (*model.named_parameters(), *leaves.items()):
@@ -84,19 +98,17 @@ def compare(
     ranks: int,
     sequence_parallel: bool,
     dtype: torch.dtype,
-    *,
     checkpointing: bool = False,
-    cases: tuple[dict[str, Any], ...] = CASES,
     fault: str | None = None,
 ) -> dict[str, Any]:
     """The worst differences from one process, and the gradients of what every process has whole."""
     alone = transformer().to(dtype)
-    expected, wanted = step(alone, cases, dtype)
+    expected, wanted = step(alone, CASES, dtype)
     with FAULTS[fault]() if fault else nullcontext():
         model = shared_transformer(ranks, sequence_parallel, dtype)
         model.enable_gradient_checkpointing(checkpointing)
-        velocities, gradients = step(model, cases, dtype)
-        inference = [infer(model, case, dtype) for case in cases]
+        velocities, gradients = step(model, CASES, dtype)
+        inference = [infer(model, case, dtype) for case in CASES]
     outputs = zip((*velocities, *inference), (*expected, *expected), strict=True)
     cut = {n: model.cuts[n].take(x) if n in model.cuts else x for n, x in wanted.items()}
     scale = max(x.abs().max() for x in wanted.values())
@@ -109,7 +121,80 @@ def compare(
 
 @torch.no_grad()
 def infer(model: HunyuanVideoTransformer, case: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """The velocity as sampling computes it."""
     return model(**inputs_of(case, dtype))
+
+
+def low_precision(ranks: int, sequence_parallel: bool) -> dict[str, Any]:
+    """Velocities and gradients in bf16, and how parameters are cut."""
+    model = shared_transformer(ranks, sequence_parallel, torch.bfloat16)
+    velocities, gradients = step(model, CASES, torch.bfloat16)
+    return {"velocities": velocities, "gradients": gradients, "cuts": dict(model.cuts)}
+
+
+def traffic(ranks: int, sequence_parallel: bool) -> dict[str, tuple[int, int]]:
+    """Bytes and messages of a forward pass, and of one with its backward pass."""
+    model = shared_transformer(ranks, sequence_parallel)
+    with count_traffic() as forward:
+        infer(model, CASES[0], torch.float32)
+    with count_traffic() as both:
+        step(model, CASES[:1], torch.float32)
+    return {
+        name: (count.total, sum(count.messages.values()))
+        for name, count in (("forward", forward), ("both", both))
+    }
+
+
+def variants(ranks: int) -> dict[str, float]:
+    """Differences from one process of models that were changed before or after being shared."""
+    case, mesh = CASES[0], build_mesh(Layout(tp=ranks), "cpu")
+    names, heads = transformer().attention_blocks(), SIZES["heads_num"]
+    windows = AttentionWindows(
+        model="tiny",
+        grid=(3, 2, 3),
+        tile=(1, 1, 1),
+        blocks={name: tuple((1 + 2 * (h % 2), 1, 3) for h in range(heads)) for name in names},
+    )
+    changes: dict[str, Callable[[HunyuanVideoTransformer], None]] = {
+        "windows": lambda model: model.set_attention(windows=windows),
+        "fp8 weights": quantize_linears,
+    }
+    plain, found = infer(transformer(), case, torch.float32), {}
+    for name, change in changes.items():
+        alone, model = transformer(), transformer()
+        change(alone)
+        change(model)
+        parallelize_tensors(model, mesh)
+        expected = infer(alone, case, torch.float32)
+        assert (expected - plain).abs().max() > 1e-3, "the change must be seen"
+        found[name] = float((infer(model, case, torch.float32) - expected).abs().max())
+        if name == "windows":
+            later = transformer()
+            parallelize_tensors(later, mesh)
+            change(later)
+            found["later"] = float((infer(later, case, torch.float32) - expected).abs().max())
+            copied = copy.deepcopy(later)
+            found["copy"] = float((infer(copied, case, torch.float32) - expected).abs().max())
+    return found
+
+
+def refused(ranks: int) -> None:
+    """What cannot be shared, or not again."""
+    mesh = build_mesh(Layout(tp=ranks), "cpu")
+    with pytest.raises(ValueError, match=r"tp must divide the 2 heads .* got 3; .*\[1, 2\]"):
+        parallelize_tensors(tiny_model(torch.Generator()), mesh)
+    model = transformer()
+    parallelize_tensors(model, mesh)
+    with pytest.raises(ValueError, match="must hold all of its weights, got one that was shared"):
+        parallelize_tensors(model, mesh)
+
+
+def unchanged() -> bool:
+    """Whether a mesh without anybody else leaves a model as it is."""
+    model = transformer()
+    parallelize_tensors(model, build_mesh(Layout(dp=2), "cpu"))
+    same = zip(model.state_dict().values(), transformer().state_dict().values(), strict=True)
+    return not model.cuts and all(torch.equal(a, b) for a, b in same)
 
 
 def _bias_by_every_rank() -> Any:
