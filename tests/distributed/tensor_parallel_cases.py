@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hunyuan_fast.distributed.collectives import gather
 from hunyuan_fast.distributed.mesh import Layout, build_mesh
 from hunyuan_fast.distributed.traffic import count_traffic
 from hunyuan_fast.models.dit import tensor_parallel
@@ -204,6 +205,13 @@ def _bias_by_every_rank() -> Any:
     return mock.patch.object(layers, "_with_bias", with_bias)
 
 
+def _own_gradients() -> Any:
+    def enter(tokens: layers.DividedTokens, x: Tensor, stream: layers.Stream) -> Tensor:
+        return gather(x, tokens._sizes(stream), tokens.group, gradient="own")
+
+    return mock.patch.object(layers.DividedTokens, "enter", enter)
+
+
 def _flat_cut() -> Any:
     cut = layers.Cut
 
@@ -221,9 +229,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "gradients of modulations and biases are not summed": lambda: mock.patch.object(
         layers.DividedTokens, "for_all", lambda tokens, x: x
     ),
-    "gradients of tokens are not summed": lambda: mock.patch.object(
-        layers.Tokens, "enter", lambda tokens, x, stream: x
-    ),
+    "gradients of tokens are not summed": _own_gradients,
     "all parts are cut as one": _flat_cut,
     "lengths are those of the last pass": lambda: mock.patch.object(
         layers.DividedTokens, "bound", lambda tokens, block: block

@@ -11,7 +11,6 @@ from tests.kit.numerics import assert_as_good_as
 from tests.kit.ranks import RankFailed, RankPool
 
 MODES = pytest.mark.parametrize("sequence_parallel", (False, True), ids=("tp", "tp+sp"))
-MOST = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 def check(results: list[dict[str, Any]], most: float) -> None:
@@ -29,16 +28,17 @@ def check(results: list[dict[str, Any]], most: float) -> None:
 
 @MODES
 @pytest.mark.parametrize("ranks_of", (2, 3, 4))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=("fp32", "fp64"))
-def test_equals_one_process(
-    ranks: RankPool, ranks_of: int, sequence_parallel: bool, dtype: torch.dtype
-) -> None:
-    check(ranks.run(ranks_of, cases.compare, ranks_of, sequence_parallel, dtype), MOST[dtype])
+def test_equals_one_process(ranks: RankPool, ranks_of: int, sequence_parallel: bool) -> None:
+    check(ranks.run(ranks_of, cases.compare, ranks_of, sequence_parallel, torch.float32), 1e-5)
 
 
 @MODES
-def test_gradient_checkpointing(ranks: RankPool, sequence_parallel: bool) -> None:
-    check(ranks.run(2, cases.compare, 2, sequence_parallel, torch.float64, True), 1e-10)
+def test_equals_one_process_in_float64(ranks: RankPool, sequence_parallel: bool) -> None:
+    check(ranks.run(3, cases.compare, 3, sequence_parallel, torch.float64), 1e-10)
+
+
+def test_gradient_checkpointing(ranks: RankPool) -> None:
+    check(ranks.run(2, cases.compare, 2, True, torch.float64, True), 1e-10)
 
 
 @pytest.mark.parametrize("fault", cases.FAULTS)
@@ -82,12 +82,14 @@ def test_traffic(ranks: RankPool, ranks_of: int) -> None:
     doubles, singles = cases.SIZES["mm_double_blocks_depth"], cases.SIZES["mm_single_blocks_depth"]
     batch, width, head = 2, cases.SIZES["hidden_size"], 8
     video, text = 18, 7
-    tokens = 4 * batch * (video + text) * width
-    others = ranks_of - 1
 
-    # All processes together. Every sum over the ranks goes twice round the ring but for one hop.
-    norms = 2 * others * 4 * head * (4 * doubles + 2 * singles)
-    layers = 2 * others * tokens * (2 * doubles + singles)
+    def summed(numbers: int) -> int:
+        """Bytes that all ranks together send for a sum: each number goes round twice."""
+        return ranks_of * (2 * (ranks_of - 1) * 4 * numbers // ranks_of)
+
+    norms = (4 * doubles + 2 * singles) * summed(head)
+    streams = 2 * doubles * (summed(batch * video * width) + summed(batch * text * width))
+    layers = streams + singles * summed(batch * (video + text) * width)
     found = ranks.run(ranks_of, cases.traffic, ranks_of, False)
     assert sum(rank["forward"][0] for rank in found) == layers
     assert sum(rank["both"][0] for rank in found) == 2 * layers + norms
@@ -98,9 +100,9 @@ def test_traffic(ranks: RankPool, ranks_of: int) -> None:
 
     # Divided tokens are gathered and scattered instead, and gathered where the blocks change and
     # end; in backward where they change and begin. Biases and modulations are summed as norms are.
-    edges = 2 * others * tokens
-    biases = 2 * others * 4 * width * (4 * doubles + singles)
-    modulations = 2 * others * 4 * batch * width * (12 * doubles + 3 * singles)
+    edges = summed(batch * (video + text) * width)
+    biases = (4 * doubles + singles) * summed(width)
+    modulations = 2 * doubles * summed(batch * 6 * width) + singles * summed(batch * 3 * width)
     found = ranks.run(ranks_of, cases.traffic, ranks_of, True)
     assert sum(rank["forward"][0] for rank in found) == layers + edges
     small_bytes = norms + biases + modulations
