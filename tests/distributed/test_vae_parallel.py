@@ -33,6 +33,11 @@ def test_strips_give_the_values_of_one_process(
     check(ranks.run(count, vae_ranks.differences, SHAPES, dtype), dtype)
 
 
+def test_a_group_of_one(ranks: RankPool) -> None:
+    (found,) = ranks.run(1, vae_ranks.differences, SHAPES[:1], torch.float32)
+    assert [difference for _, difference in found] == [0, 0]
+
+
 def test_other_networks(ranks: RankPool) -> None:
     """Without attention, with time halved where space is not, with a single level."""
     for changes in (
@@ -68,7 +73,7 @@ def test_mistakes_are_noticed(ranks: RankPool, name: str) -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_bytes_and_messages(ranks: RankPool, count: int) -> None:
-    """By hand: rows sent to each neighbour, statistics, keys and values, the result."""
+    """By hand: rows sent to each neighbour, the shape, statistics, keys and values, the result."""
     batch, frames, height, width = 2, 5, 9, 4
     t, half, item = 2, 3, 4
     # channels x frames x columns of every map whose rows go to both neighbours
@@ -89,10 +94,10 @@ def test_bytes_and_messages(ranks: RankPool, count: int) -> None:
             wanted = batch * item * ((before + after) * both + after * following)
             assert found[rank]["halo"] == (wanted, (before + after) * messages + after * more)
             norms = of_norms[name]
-            wanted = 3 * batch * 4 * 8 * norms
+            wanted = 8 * 5 + 3 * batch * 4 * 8 * norms
             wanted += 2 * batch * t * rows * width * 16 * item
             wanted += batch * of_result[name] * rows * width * item
-            assert found[rank]["all_gather"] == ((count - 1) * wanted, norms + 3)
+            assert found[rank]["all_gather"] == ((count - 1) * wanted, norms + 4)
             assert set(found[rank]) == {"halo", "all_gather"}
 
 
@@ -118,7 +123,8 @@ def test_tiles_have_the_bits_of_one_process(ranks: RankPool, count: int) -> None
             space = window(SMALL.size, SMALL.size_stride, 8)
             boxes = tile_boxes(size, space, window(SMALL.frames, SMALL.frames_stride, 4))
             sent = sum(found[2 * index + offset][1] for found in results)
-            assert sent == (count - 1) * batch * 4 * sum(_values(box, values) for box in boxes)
+            results_of_tiles = batch * 4 * sum(_values(box, values) for box in boxes)
+            assert sent == (count - 1) * (count * 8 * 5 + results_of_tiles)
 
 
 def _values(box: tuple[tuple[int, int], ...], each: float) -> float:
@@ -143,8 +149,9 @@ def test_dealing_is_even() -> None:
 
 def test_refusals(ranks: RankPool) -> None:
     for said in ranks.run(2, vae_ranks.refusals):
-        budget, bytes_, offload, gradients = said
+        budget, bytes_, offload, gradients, shapes = said
         assert budget.startswith("memory_budget must be None with a group, got '1GiB'")
         assert bytes_.startswith("memory_budget must be None with a group, got 1073741824")
         assert offload.startswith("offload must be False without a memory_budget")
         assert gradients.startswith("group must be None while gradients are recorded")
+        assert "got shapes [[1, 4, 1, 2, 1], [1, 4, 1, 2, 2]], rank by rank" in shapes

@@ -26,8 +26,12 @@ Difference = tuple[float, float]
 
 
 def one_vae(dtype: torch.dtype = torch.float32, **changes: Any) -> HunyuanVideoVAE:
-    """The same on all ranks."""
+    """The same on all ranks; a milder attention, that roundings before it do not grow large."""
     vae = tiny_vae(torch.Generator().manual_seed(0), **changes)
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            if "to_q" in name:
+                parameter.mul_(0.25)
     return vae.to(dtype).requires_grad_(False).eval()
 
 
@@ -195,6 +199,7 @@ def refusals() -> list[str]:
         lambda: vae.encode(x["encode"], 1 << 30, group=group),
         lambda: vae.decode(z.detach(), offload=True, group=group),
         lambda: vae.decode(z, group=group),
+        lambda: vae.decode(z.detach()[..., : 1 + dist.get_rank()], group=group),
     ):
         try:
             attempt()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from hunyuan_fast.distributed.collectives import gather
 from hunyuan_fast.models.vae.config import VAEConfig
 
 # Pixels may leave [-1, 1] by this much, for roundings on the way.
@@ -74,6 +76,16 @@ def check_group(
     if _records(model, x):
         raise ValueError(
             "group must be None while gradients are recorded; call within torch.no_grad()"
+        )
+
+
+def check_alike(x: Tensor, group: ProcessGroup) -> None:
+    """Raise ValueError on all ranks of the group unless they have inputs of one shape."""
+    shape = torch.tensor([x.shape], device=x.device)
+    shapes = gather(shape, (1,) * group.size(), group, dim=0).tolist()
+    if any(other != shapes[0] for other in shapes):
+        raise ValueError(
+            f"all processes of the group must have the same clip, got shapes {shapes}, rank by rank"
         )
 
 

@@ -16,6 +16,7 @@ from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.decoder import Decoder
 from hunyuan_fast.models.vae.encoder import Encoder
 from hunyuan_fast.models.vae.inputs import (
+    check_alike,
     check_budget,
     check_group,
     check_latents,
@@ -177,6 +178,7 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
 
     def _across(self, half: Half, x: Tensor, group: ProcessGroup) -> Tensor:
         """The result for x by all processes of the group, on each of them."""
+        check_alike(x, group)
         dtype = self._dtype_of_maps()
         if self.tiling is None:
             return in_strips(self, self.config, half, x, group, dtype)
