@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from hunyuan_fast.distributed.shards import split_sizes
+from hunyuan_fast.models.vae.config import VAEConfig
+from hunyuan_fast.models.vae.cut import Cut
 from hunyuan_fast.models.vae.parallel_tiles import deal
 from hunyuan_fast.models.vae.tiling import Tiling, latent_window, pixel_window, tile_boxes
 from tests.distributed import vae_ranks
 from tests.distributed.vae_ranks import FAULTS, Shape
 from tests.kit.ranks import RankPool
+from tests.models.vae_cases import TINY
 
 # Images and clips, higher and wider, whose latents nothing divides; the last ones leave ranks idle.
 SHAPES: list[Shape] = [(2, 1, 5, 3), (2, 5, 2, 7), (1, 9, 4, 2), (1, 5, 1, 2)]
 # fp32 of other sums than those of one process; float64 shows that nothing else is different
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-10}
+OTHERS: list[dict[str, Any]] = [
+    {"mid_block_add_attention": False},
+    {"spatial_compression_ratio": 2, "temporal_compression_ratio": 8},
+    {
+        "block_out_channels": (8,),
+        "spatial_compression_ratio": 1,
+        "temporal_compression_ratio": 1,
+    },
+]
 SMALL = Tiling(size=32, size_stride=24, frames=8, frames_stride=4)
 
 
@@ -40,12 +54,7 @@ def test_a_group_of_one(ranks: RankPool) -> None:
 
 def test_other_networks(ranks: RankPool) -> None:
     """Without attention, with time halved where space is not, with a single level."""
-    for changes in (
-        {"mid_block_add_attention": False},
-        {"spatial_compression_ratio": 2, "temporal_compression_ratio": 8},
-        {"block_out_channels": (8,), "spatial_compression_ratio": 1}
-        | {"temporal_compression_ratio": 1},
-    ):
+    for changes in OTHERS:
         found = ranks.run(3, vae_ranks.differences, [(1, 9, 4, 3)], torch.float64, changes)
         check(found, torch.float64)
 
@@ -86,19 +95,31 @@ def test_bytes_and_messages(ranks: RankPool, count: int) -> None:
     of_halos = {"decode": (21, up, 0, 0), "encode": (13, down, 3, strided)}
     of_norms = {"decode": 22, "encode": 14}
     of_result = {"decode": 3 * frames * 64, "encode": 2 * 4 * t}
-    for name in ("encode", "decode"):
-        found = ranks.run(count, vae_ranks.traffic_of, name, (batch, frames, height, width))
+    found = ranks.run(count, vae_ranks.traffic_of, (batch, frames, height, width), {})
+    for index, name in enumerate(("encode", "decode")):
         messages, both, more, following = of_halos[name]
         for rank, rows in enumerate(split_sizes(height, count)):
-            before, after = rank > 0, rank < count - 1
+            sent, before, after = found[rank][index], rank > 0, rank < count - 1
             wanted = batch * item * ((before + after) * both + after * following)
-            assert found[rank]["halo"] == (wanted, (before + after) * messages + after * more)
+            assert sent.bytes["halo"] == wanted
+            assert sent.messages["halo"] == (before + after) * messages + after * more
             norms = of_norms[name]
             wanted = 8 * 5 + 3 * batch * 4 * 8 * norms
             wanted += 2 * batch * t * rows * width * 16 * item
             wanted += batch * of_result[name] * rows * width * item
-            assert found[rank]["all_gather"] == ((count - 1) * wanted, norms + 4)
-            assert set(found[rank]) == {"halo", "all_gather"}
+            assert sent.bytes["all_gather"] == (count - 1) * wanted
+            assert sent.messages["all_gather"] == norms + 4
+            assert set(sent.bytes) == {"halo", "all_gather"}
+
+
+@pytest.mark.parametrize("changes", [{}, OTHERS[0], OTHERS[1]], ids=["", "still", "in time"])
+def test_traffic_from_shapes(ranks: RankPool, changes: dict[str, Any]) -> None:
+    """The formula, on clips of any shape."""
+    shape = (2, 9, 4, 6)
+    for rank, found in enumerate(ranks.run(3, vae_ranks.traffic_of, shape, changes)):
+        for sent, (half, x) in zip(found, vae_ranks.inputs(shape).items(), strict=True):
+            config = VAEConfig(**(TINY | changes))
+            assert sent == Cut(config, half, tuple(x.shape), 3).traffic(rank, 4)
 
 
 @pytest.mark.parametrize("half", ["encode", "decode"])

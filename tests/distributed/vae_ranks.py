@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hunyuan_fast.distributed.halos import Exchange, Strips
-from hunyuan_fast.distributed.traffic import count_traffic
+from hunyuan_fast.distributed.traffic import Traffic, count_traffic
 from hunyuan_fast.models import HunyuanVideoVAE
 from hunyuan_fast.models.vae import parallel
+from hunyuan_fast.models.vae.cut import Cut
 from hunyuan_fast.models.vae.tiling import Tiling
 from tests.models.vae_cases import clip, tiny_vae
 from tests.models.vae_memory import LiveBytes
@@ -107,12 +108,14 @@ def errors_in_bf16(shapes: list[Shape], autocast: bool) -> list[tuple[float, flo
 
 
 @torch.no_grad()
-def traffic_of(half: str, shape: Shape) -> dict[str, tuple[int, int]]:
-    """Bytes and messages of each kind that this rank sends."""
-    vae, x = one_vae(), inputs(shape)[half]
-    with count_traffic() as traffic:
-        call(vae, half, x, dist.group.WORLD)
-    return {kind: (traffic.bytes[kind], count) for kind, count in traffic.messages.items()}
+def traffic_of(shape: Shape, changes: dict[str, Any]) -> list[Traffic]:
+    """What this rank sends in each half."""
+    vae, found = one_vae(**changes), []
+    for half, x in inputs(shape).items():
+        with count_traffic() as traffic:
+            call(vae, half, x, dist.group.WORLD)
+        found.append(traffic)
+    return found
 
 
 @torch.no_grad()
@@ -145,19 +148,33 @@ def _edges_repeated(
 
 def _keys_of_others_late(strip: Any, rows: Tensor, index: int) -> Tensor:
     """Frames of all strips but the first one come a frame late."""
-    tokens = _RIGHT["_tokens"](strip, rows, index)
-    frames, height, width = strip._sizes[index]
+    tokens = _TOKENS(strip, rows, index)
+    frames, height, width = strip._cut.sizes[index]
     whole = tokens.unflatten(1, (frames, height * width)).clone()
     half = height * width // 2
     whole[:, 1:, half:] = whole[:, :-1, half:].clone()
     return whole.flatten(1, 2)
 
 
-_RIGHT: dict[str, Callable[..., Any]] = {"_tokens": parallel._Strip._tokens}
+def _fetching(before: int, after: int, strided: int) -> property:
+    """These factors of the rows that are fetched before layers without and with a stride."""
+
+    def fetched(cut: Cut) -> list[tuple[int, int]]:
+        return [
+            (rows[0] * (before if layer.stride[1] == 1 else strided), rows[1] * after)
+            for layer, rows in zip(cut.layers, _FETCHED(cut), strict=True)
+        ]
+
+    return property(fetched)
+
+
+_TOKENS = parallel._Strip._tokens
+_FETCHED = Cut.__dict__["fetched"].func
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "statistics of the own strip": (parallel._Strip, "_stats", _own_statistics),
-    "no row from behind": (parallel, "_reach", lambda layer, dim: (1, 0)),
-    "no row from before": (parallel, "_reach", lambda layer, dim: (0, 1)),
+    "no row from behind": (Cut, "fetched", _fetching(1, 0, 1)),
+    "no row from before": (Cut, "fetched", _fetching(0, 1, 1)),
+    "no row before halving": (Cut, "fetched", _fetching(1, 1, 0)),
     "edges of inner strips repeated": (parallel, "exchange_margins", _edges_repeated),
     "keys of other strips a frame late": (parallel._Strip, "_tokens", _keys_of_others_late),
 }

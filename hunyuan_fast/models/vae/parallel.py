@@ -18,15 +18,14 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from hunyuan_fast.distributed.collectives import gather
-from hunyuan_fast.distributed.halos import Exchange, Strips, exchange_margins
-from hunyuan_fast.distributed.shards import split_sizes
+from hunyuan_fast.distributed.halos import exchange_margins
 from hunyuan_fast.models.vae.chain import Chunk, Convolution, normed
 from hunyuan_fast.models.vae.config import VAEConfig
-from hunyuan_fast.models.vae.layers import Half, Layer, layers_of, sizes_of
+from hunyuan_fast.models.vae.cut import Cut
+from hunyuan_fast.models.vae.layers import Half
 from hunyuan_fast.modules.frame_causal_attention import FrameCausalAttention
 from hunyuan_fast.ops import group_norm_stats, merge_group_norm_stats
 
-_MARGIN = 1
 _LAYOUT = torch.channels_last_3d
 
 
@@ -63,42 +62,36 @@ class _Strip:
         dtype: torch.dtype,
     ) -> None:
         self._vae, self._clip, self._group, self._dtype = vae, clip, group, dtype
-        self._groups = config.norm_num_groups
-        self._rank = group.rank()
-        self._layers = layers_of(config, half)
-        self._sizes = sizes_of(self._layers, (clip.shape[2], clip.shape[3], clip.shape[4]))
-        _, height, width = self._sizes[-1 if half == "encode" else 0]
-        # of a map (B, C, T, H, W)
-        self._dim = 3 if height >= width else 4
-        latents = max(height, width)
-        shares = split_sizes(latents, group.size())
-        self._strips = [
-            Strips(tuple(n * (size[self._dim - 2] // latents) for n in shares), _MARGIN)
-            for size in self._sizes
-        ]
-        self._idle = shares[self._rank] == 0
-        # whether the margins are what the neighbours have there
-        self._fresh = True
+        self._groups, self._rank = config.norm_num_groups, group.rank()
+        self._cut = Cut(config, half, tuple(clip.shape), group.size())
+        self._dim = self._cut.dim
+        self._idle = self._cut.strips[0].sizes[self._rank] == 0
 
     def run(self) -> Tensor:
         """Through all layers, and all strips together."""
-        first, stop = self._strips[0].held(self._rank)
-        part = self._clip.narrow(self._dim, first, stop - first)
-        chunk = Chunk(0, part.to(self._dtype).contiguous(memory_format=_LAYOUT))
-        for index in range(len(self._layers)):
+        cut, dim = self._cut, self._dim
+        first, stop = cut.strips[0].held(self._rank)
+        part = self._clip.narrow(dim, first, stop - first).to(self._dtype)
+        chunk = Chunk(0, part.contiguous(memory_format=_LAYOUT))
+        for index in range(len(cut.layers)):
             self._advance(chunk, index)
-        own = self._own(chunk.take(), len(self._layers))
-        whole = gather(own, self._strips[-1].sizes, self._group, dim=self._dim)
+        own = self._own(chunk.take(), len(cut.layers))
+        whole = gather(own, cut.strips[-1].sizes, self._group, dim=dim)
         return whole.contiguous(memory_format=_LAYOUT)
 
     def _own(self, x: Tensor, point: int) -> Tensor:
-        return self._strips[point].own_part(x, self._rank, self._dim)
+        return self._cut.strips[point].own_part(x, self._rank, self._dim)
 
     def _advance(self, chunk: Chunk, index: int) -> None:
         """Through one layer; statistics are taken while margins are on their way."""
-        layer, x = self._layers[index], chunk.x
+        layer, x = self._cut.layers[index], chunk.x
         assert x is not None
-        exchange = self._exchange(x, index)
+        before, after = self._cut.fetched[index]
+        exchange = None
+        if before or after:
+            exchange = exchange_margins(
+                x, self._cut.strips[index], self._group, dim=self._dim, before=before, after=after
+            )
         stats = self._stats(self._own(x, index)) if layer.norm else None
         del x
         if exchange is not None:
@@ -106,21 +99,10 @@ class _Strip:
         if layer.attends:
             self._attend(chunk, index, stats)
         elif self._idle:
-            frames, *area = self._sizes[index + 1]
-            area[self._dim - 3] = 0
-            shape = (len(self._clip), layer.outputs, frames, *area)
+            shape = (len(self._clip), layer.outputs, *self._cut.part_size(index + 1, self._rank))
             chunk.x = self._clip.new_empty(shape, dtype=self._dtype)
         else:
             self._convolve(chunk, index, stats)
-
-    def _exchange(self, x: Tensor, index: int) -> Exchange | None:
-        """Fetch the rows that the layer reads beyond our own and that the margins lack."""
-        layer = self._layers[index]
-        if layer.attends or layer.kernel == 1 or self._fresh:
-            return None
-        before, after = _reach(layer, self._dim)
-        strips = self._strips[index]
-        return exchange_margins(x, strips, self._group, dim=self._dim, before=before, after=after)
 
     def _stats(self, own: Tensor) -> Tensor:
         """Statistics of the whole map."""
@@ -135,23 +117,22 @@ class _Strip:
         return merge_group_norm_stats(every.unbind())
 
     def _convolve(self, chunk: Chunk, index: int, stats: Tensor | None) -> None:
-        layer, dim = self._layers[index], self._dim
+        layer, dim = self._cut.layers[index], self._dim
         stride, factor = layer.stride[dim - 2], layer.factor[dim - 2]
-        came, made = (self._strips[point].held(self._rank) for point in (index, index + 1))
+        came, made = (self._cut.strips[point].held(self._rank) for point in (index, index + 1))
         if missing := came[0] % stride:
             # steps begin at the first row of all; nothing that is right is made of this one
             assert chunk.x is not None
             chunk.x = torch.cat((chunk.x.narrow(dim, 0, missing), chunk.x), dim)
         Convolution(self._vae, layer, stats, last=True)(chunk)
         if factor > 1:
-            # two rows for one of the margin: the outer one goes, the inner one is right
+            # two rows for one of the margin, the outer of which is wrong
             x = chunk.take().narrow(dim, made[0] - factor * came[0], made[1] - made[0])
             chunk.x = x.contiguous(memory_format=_LAYOUT)
-        self._fresh = factor > 1 or (layer.kernel == 1 and self._fresh)
 
     def _attend(self, chunk: Chunk, index: int, stats: Tensor | None) -> None:
         """Queries of this strip, frame by frame, over the keys of all strips."""
-        layer = self._layers[index]
+        layer = self._cut.layers[index]
         module = cast(FrameCausalAttention, self._vae.get_submodule(layer.conv))
         assert chunk.x is not None
         own = self._own(chunk.x, index)
@@ -159,10 +140,9 @@ class _Strip:
         rows = y.movedim(1, -1)
         keys = self._tokens(module.to_k(rows), index)
         values = self._tokens(module.to_v(rows), index)
-        self._fresh = False
         if self._idle:
             return
-        frames, height, width = self._sizes[index]
+        frames, height, width = self._cut.sizes[index]
         for frame in range(frames):
             seen = (frame + 1) * height * width
             queries = module.to_q(rows[:, frame]).flatten(1, 2)
@@ -174,15 +154,6 @@ class _Strip:
 
     def _tokens(self, rows: Tensor, index: int) -> Tensor:
         """(B, T, h, w, C) of this strip to (B, T H W, C) of all strips."""
-        sizes = self._strips[index].sizes
+        sizes = self._cut.strips[index].sizes
         whole = gather(rows, sizes, self._group, dim=self._dim - 1)
         return whole.flatten(1, 3)
-
-
-def _reach(layer: Layer, dim: int) -> tuple[int, int]:
-    """Rows that a layer reads before and after those that it makes its rows of.
-
-    With a stride of two the last tap of the last row meets the last row of the strip.
-    """
-    reach = layer.kernel // 2
-    return reach, reach if layer.stride[dim - 2] == 1 else 0
