@@ -23,8 +23,7 @@ from hunyuan_fast.distributed.collectives import all_gather_parts
 from hunyuan_fast.distributed.rotation import Transfer, rotate
 from hunyuan_fast.ops.attention_checks import check_kv_len, check_lengths, check_tensors
 from hunyuan_fast.ops.operator import define, refuse_second_derivative
-from hunyuan_fast.ops.partial_attention import partial_attention, partial_attention_backward
-from hunyuan_fast.ops.rope3d_attention import attention
+from hunyuan_fast.ops.rope3d_attention import attention, attention_backward
 
 _ROOM = "ring_attention"
 COMPUTE = "ring: compute"  # the name of each hop's attention in profiles
@@ -218,9 +217,11 @@ def _forward_hops(
         if not length or not lengths[owner]:
             continue
         with record_function(COMPUTE):
-            options = valid[owner], scale, valid[rank]
-            part, part_lse = partial_attention(q, keys, values, *options)
-            if owner == rank:  # the first hop
+            # the tokens here, the first hop, are queries and keys
+            q_len = None if owner == rank else valid[rank]
+            options: dict[str, Any] = {"kv_len": valid[owner], "q_len": q_len, "scale": scale}
+            part, part_lse = attention(q, keys, values, **options, return_lse=True)
+            if owner == rank:
                 total, total_lse = part.to(wide), part_lse
             else:
                 merge_attention(total, total_lse, part, part_lse, in_place=True)
@@ -249,7 +250,7 @@ def _backward_hops(
         if q.shape[1] and lengths[owner]:
             with record_function(COMPUTE):
                 options = valid[owner], scale, valid[rank]
-                found = partial_attention_backward(*results, q, keys, values, *options)
+                found = attention_backward(*results, q, keys, values, *options)
                 dq += found[0]
         if owner == rank:  # the first hop
             if found is not None:
@@ -302,9 +303,9 @@ def _check_all_lengths(kv_len: Tensor | None, lengths: Sequence[int]) -> None:
 
 
 def _fake_ring(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, length, num_heads, _ = q.shape
+    rows = q.shape[0], q.shape[2], q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty((batch, num_heads, length), dtype=wide)
+    return q.new_empty(q.shape), q.new_empty(rows, dtype=wide)
 
 
 def _save_ring(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
