@@ -151,7 +151,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None
     if dout is None:
         return None, None, None, None, None, None
     out, lse, q, k, v, kv_len, *own = ctx.saved_tensors
-    return *_backward(dout, out, lse, q, k, v, kv_len, ctx.scale, *own), None, None, None
+    return *attention_backward(dout, out, lse, q, k, v, kv_len, ctx.scale, *own), None, None, None
 
 
 def _out_kernel(
@@ -209,7 +209,8 @@ _forward = define(
 _forward_out = define(
     f"attention_out({_ARGUMENTS}, Tensor(a!) out, {_OWN}) -> Tensor", _out_kernel, _fake_out
 )
-_backward = define(
+# What ring attention, which computes in parts, calls itself.
+attention_backward = define(
     f"attention_bwd(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}, {_OWN})"
     " -> (Tensor, Tensor, Tensor)",
     _backward_kernel,
