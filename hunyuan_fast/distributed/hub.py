@@ -96,7 +96,8 @@ class Hub:
             self._judging_at = now + WINDOW
         if now >= self._judging_at or len(self._ends) == self._world_size:
             self._verdict = verdict
-            for wire in self._members:
+            # rank 0 last: it may end at once, and the hub with it
+            for wire, _ in sorted(self._members.items(), key=lambda item: -item[1][0]):
                 _tell(wire, verdict)
 
 

@@ -41,9 +41,7 @@ class Job:
             )
         rank, local_rank, world_size = (_number(environment, name) for name in REQUIRED[:3])
         if not 0 <= rank < world_size:
-            raise ValueError(
-                f"RANK must be from 0 to WORLD_SIZE - 1 = {world_size - 1}, got {rank}"
-            )
+            raise ValueError(f"RANK must be from 0 to {world_size - 1}, got {rank}")
         launched = "TORCHELASTIC_RUN_ID" in environment
         return cls(
             rank=rank,

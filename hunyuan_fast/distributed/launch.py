@@ -7,7 +7,6 @@ user reads why once, with its rank.
 from __future__ import annotations
 
 import functools
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -21,21 +20,19 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from hunyuan_fast.distributed.broadcast import PeerError
 from hunyuan_fast.distributed.hub import Hub
 from hunyuan_fast.distributed.job import Job
-from hunyuan_fast.distributed.lifeline import Lifeline, Stopped
-from hunyuan_fast.distributed.verdict import Kind
+from hunyuan_fast.distributed.lifeline import Explain, Lifeline
+from hunyuan_fast.distributed.verdict import FAILURE, Kind
 
 # For all processes to start; and for one collective, in which the others may load or write.
 MEETING = timedelta(minutes=10)
 TIMEOUT = timedelta(hours=1)
 ADDRESS = "hunyuan_fast/hub"
 
-Explain = Callable[[BaseException], tuple[Kind, str]]
-
 
 def run(work: Callable[[], None], job: Job, *, explain: Explain, program: str) -> int:
     """Run the part of this process and return its exit status, 0 when all have done theirs.
 
-    The process ends here when any has not: nothing is waited for that may never come.
+    The process ends here when any has not: see :meth:`Lifeline.live`.
 
     explain: the kind of an exception, and the line that tells it to the user
     program: what printed lines begin with
@@ -43,22 +40,23 @@ def run(work: Callable[[], None], job: Job, *, explain: Explain, program: str) -
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing is begun yet that has to be undone
         signal.signal(number, signal.SIG_DFL)
     try:
-        store = _meet()
-        hub = Hub(job.world_size) if job.rank == 0 else None
-        if hub is not None:
-            store.set(ADDRESS, hub.address)
-        lifeline = Lifeline(job, store.get(ADDRESS).decode(), program)
+        if job.rank == 0:
+            _store().set(ADDRESS, Hub(job.world_size).address)
+        lifeline = Lifeline(job, _store().get(ADDRESS).decode(), program)
     except Exception as error:
         _, text = explain(error)
         print(f"{program}: rank {job.rank} of {job.world_size}: {text}", file=sys.stderr)
-        return 1
-    kind, text = _outcome(work, explain)
-    verdict = lifeline.end(kind, text)
-    if verdict.kind != "done":
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(verdict.status)
-    lifeline.close()
+        return FAILURE
+
+    def explained(error: BaseException) -> tuple[Kind, str]:
+        kind, text = explain(error)
+        if is_of_another(error):
+            return "link", text
+        if kind == "failed":
+            get_error_handler().record_exception(error)  # for the summary that torchrun prints
+        return kind, text
+
+    lifeline.live(work, explained)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
@@ -73,7 +71,7 @@ def join(device: torch.device, job: Job) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("hunyuan_fast/group", _meet()),
+        store=dist.PrefixStore("hunyuan_fast/group", _store()),
         rank=job.rank,
         world_size=job.world_size,
         timeout=TIMEOUT,
@@ -81,27 +79,10 @@ def join(device: torch.device, job: Job) -> None:
 
 
 @functools.cache
-def _meet() -> dist.Store:
+def _store() -> dist.Store:
     """The store of the job, through which its processes find each other."""
     store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
     return store
-
-
-def _outcome(work: Callable[[], None], explain: Explain) -> tuple[Kind, str]:
-    try:
-        work()
-    except Stopped:
-        return "terminated", "terminated"
-    except KeyboardInterrupt:
-        return "interrupted", "interrupted"
-    except BaseException as error:
-        if is_of_another(error):
-            return "link", explain(error)[1]
-        kind, text = explain(error)
-        if kind == "failed":
-            get_error_handler().record_exception(error)  # for the summary that torchrun prints
-        return kind, text
-    return "done", ""
 
 
 def is_of_another(error: BaseException) -> bool:

@@ -14,7 +14,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import cast
 
 from hunyuan_fast.distributed.job import Job
 from hunyuan_fast.distributed.verdict import DEATH, STATUS, End, Kind, Verdict, judge
@@ -25,6 +27,9 @@ GRACE = 4.0
 # For the verdict, once this process has said how it ended.
 PATIENCE = 15.0
 TICK = 0.5
+
+# The kind of an exception, and the line that tells it to the user.
+Explain = Callable[[BaseException], tuple[Kind, str]]
 
 
 class Stopped(BaseException):
@@ -59,6 +64,26 @@ class Lifeline:
         self._take_signals()
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
+    def live(self, work: Callable[[], None], explain: Explain) -> None:
+        """Do the work of this process, and return when all have done theirs.
+
+        When any has not, the process ends here, with the status of the verdict: nothing is waited
+        for that may never come.
+        """
+        try:
+            work()
+            kind, text = "done", ""
+        except (Stopped, KeyboardInterrupt) as stop:
+            kind = text = "interrupted" if isinstance(stop, KeyboardInterrupt) else "terminated"
+        except BaseException as error:
+            kind, text = explain(error)
+        verdict = self.end(cast(Kind, kind), text)
+        if verdict.kind != "done":
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(verdict.status)
+        self._give_signals_back()
+
     def end(self, kind: Kind, text: str = "") -> Verdict:
         """Say how this process ended, and wait for how the job does.
 
@@ -73,18 +98,17 @@ class Lifeline:
             self._print(self._verdict)
         return self._verdict
 
-    def close(self) -> None:
-        """Give the signals back."""
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
     def _take_signals(self) -> None:
         """A thread cannot handle signals, but it can read that they have come."""
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._raise)
+
+    def _give_signals_back(self) -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         """In the main thread: leave, once."""
