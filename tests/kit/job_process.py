@@ -78,8 +78,10 @@ def main(rank: int, world_size: int, deed: str, folder: Path) -> None:
 
     def part() -> None:
         try:
+            (folder / f"ready{rank}").touch()
+            while len(list(folder.glob("ready*"))) < world_size:
+                time.sleep(0.01)
             print("ready", flush=True)
-            time.sleep(0.2)  # all others are there as well
             DEEDS[deed]()
         finally:
             print("cleaned", flush=True)
