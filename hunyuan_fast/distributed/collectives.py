@@ -99,6 +99,18 @@ def all_to_all(
     return list(_AllToAll.apply(tuple(shapes), group, *parts))
 
 
+def broadcast(x: Tensor, source: int, group: ProcessGroup) -> Tensor:
+    """What the rank `source` of the group has; there is no gradient.
+
+    x: contiguous; elsewhere memory of the same shape and dtype, which is written to. What is
+        counted, all of it at the source, is that every other process gets it once
+    """
+    if group.rank() == source:
+        sent("broadcast", x.numel() * x.element_size() * (group.size() - 1))
+    dist.broadcast(x, group=group, group_src=source)
+    return x
+
+
 def all_gather_parts(x: Tensor, sizes: Sizes, group: ProcessGroup, dim: int) -> Tensor:
     """:func:`gather` without gradients."""
     rows = _padded(x.movedim(dim, 0), max(sizes))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from hunyuan_fast.distributed.collectives import gather
 from hunyuan_fast.models.vae.config import VAEConfig
 
 # Pixels may leave [-1, 1] by this much, for roundings on the way.
@@ -49,9 +51,7 @@ def check_latents(config: VAEConfig, z: Tensor) -> None:
 
 def check_budget(model: nn.Module, x: Tensor, *, tiled: bool, offload: bool) -> None:
     """Raise ValueError unless a memory budget makes sense for this call."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad or any(p.requires_grad for p in model.parameters())
-    ):
+    if _records(model, x):
         raise ValueError(
             "memory_budget must be None while gradients are recorded; call within torch.no_grad()"
         )
@@ -61,6 +61,32 @@ def check_budget(model: nn.Module, x: Tensor, *, tiled: bool, offload: bool) -> 
         )
     if offload and x.device.type == "cpu":
         raise ValueError("offload must be False on the CPU: host memory is all there is")
+
+
+def check_group(
+    model: nn.Module, x: Tensor, memory_budget: int | str | None, *, offload: bool
+) -> None:
+    """Raise ValueError unless this call can be shared by several processes."""
+    if memory_budget is not None:
+        raise ValueError(
+            f"memory_budget must be None with a group, got {memory_budget!r}; "
+            "each process has its part of every map"
+        )
+    check_whole(offload)
+    if _records(model, x):
+        raise ValueError(
+            "group must be None while gradients are recorded; call within torch.no_grad()"
+        )
+
+
+def check_alike(x: Tensor, group: ProcessGroup) -> None:
+    """Raise ValueError on all ranks of the group unless they have inputs of one shape."""
+    shape = torch.tensor([x.shape], device=x.device)
+    shapes = gather(shape, (1,) * group.size(), group, dim=0).tolist()
+    if any(other != shapes[0] for other in shapes):
+        raise ValueError(
+            f"all processes of the group must have the same clip, got shapes {shapes}, rank by rank"
+        )
 
 
 def check_whole(offload: bool) -> None:
@@ -78,6 +104,13 @@ def _check_dims(name: str, x: Tensor, channels: int) -> None:
         raise ValueError(f"{name} must not be empty, got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
+
+
+def _records(model: nn.Module, x: Tensor) -> bool:
+    """Whether gradients are recorded."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for p in model.parameters())
+    )
 
 
 def _can_read(x: Tensor) -> bool:

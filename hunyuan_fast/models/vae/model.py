@@ -7,18 +7,37 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
+from hunyuan_fast.distributed.collectives import size_of
 from hunyuan_fast.models.vae.budget import read_bytes
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.decoder import Decoder
 from hunyuan_fast.models.vae.encoder import Encoder
-from hunyuan_fast.models.vae.inputs import check_budget, check_latents, check_video, check_whole
+from hunyuan_fast.models.vae.inputs import (
+    check_alike,
+    check_budget,
+    check_group,
+    check_latents,
+    check_video,
+    check_whole,
+)
+from hunyuan_fast.models.vae.layers import Half
+from hunyuan_fast.models.vae.parallel import in_strips
+from hunyuan_fast.models.vae.parallel_tiles import in_tiles
 from hunyuan_fast.models.vae.plan import Plan
 from hunyuan_fast.models.vae.planner import plan_decode, plan_encode
 from hunyuan_fast.models.vae.posterior import DiagonalGaussian
 from hunyuan_fast.models.vae.streaming import Progress, stream
-from hunyuan_fast.models.vae.tiling import PRESETS, Tiling, latent_window, map_tiles, pixel_window
+from hunyuan_fast.models.vae.tiling import (
+    PRESETS,
+    Tiling,
+    Window,
+    latent_window,
+    map_tiles,
+    pixel_window,
+)
 from hunyuan_fast.models.weights import Pretrained
 from hunyuan_fast.ops import causal_conv3d
 
@@ -77,17 +96,21 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
         *,
         offload: bool = False,
         progress: Progress | None = None,
+        group: ProcessGroup | None = None,
     ) -> DiagonalGaussian:
         """The posterior over latents of a clip.
 
         video: (B, in_channels, T, H, W) with values in [-1, 1], T = 4n + 1, H and W multiples of 8
         returns: mean and logvar (B, latent_channels, (T-1)/4 + 1, H/8, W/8) in the dtype of the
             weights, unscaled: diffusion works on samples times `config.scaling_factor`
-        memory_budget, offload, progress: as for `decode`
+        memory_budget, offload, progress, group: as for `decode`
 
         Raises ValueError for shapes and values that do not fit, TypeError for dtypes.
         """
         check_video(self.config, video)
+        if group is not None and size_of(group) > 1:
+            check_group(self, video, memory_budget, offload=offload)
+            return DiagonalGaussian.from_moments(self._across("encode", video, group))
         if memory_budget is not None:
             moments = self._within(plan_encode, video, memory_budget, offload, progress)
             return DiagonalGaussian.from_moments(moments)
@@ -95,10 +118,8 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
         video = self._enter(video)
         if self.tiling is None:
             return DiagonalGaussian.from_moments(self._encode_tile(video))
-        tiling, config = self.tiling, self.config
-        space = pixel_window(tiling.size, tiling.size_stride, config.spatial_compression_ratio)
-        time = pixel_window(tiling.frames, tiling.frames_stride, config.temporal_compression_ratio)
-        return DiagonalGaussian.from_moments(map_tiles(self._encode_tile, video, space, time))
+        windows = self._windows(self.tiling, "encode")
+        return DiagonalGaussian.from_moments(map_tiles(self._encode_tile, video, *windows))
 
     def decode(
         self,
@@ -107,6 +128,7 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
         *,
         offload: bool = False,
         progress: Progress | None = None,
+        group: ProcessGroup | None = None,
     ) -> Tensor:
         """The clip of unscaled latents.
 
@@ -119,21 +141,25 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
             grows as `plan_decode` tells. None: every map whole. Not while gradients are recorded
         offload: maps between the passes wait in host memory, which the budget does not bound
         progress: called with the part of the arithmetic that is done; only with a budget
+        group: processes that share the work, all of which call this with the same z and get the
+            same clip: strips of every map, whose values are those of the whole clip, or, with
+            tiling, tiles dealt out, with the bits of one process. Neither with a budget nor while
+            gradients are recorded
 
         Raises ValueError for shapes and values that do not fit, and naming the least budget for a
         budget that cannot work; TypeError for dtypes.
         """
         check_latents(self.config, z)
+        if group is not None and size_of(group) > 1:
+            check_group(self, z, memory_budget, offload=offload)
+            return self._across("decode", z, group)
         if memory_budget is not None:
             return self._within(plan_decode, z, memory_budget, offload, progress)
         check_whole(offload)
         z = self._enter(z)
         if self.tiling is None:
             return self._decode_tile(z)
-        tiling, config = self.tiling, self.config
-        space = latent_window(tiling.size, tiling.size_stride, config.spatial_compression_ratio)
-        time = latent_window(tiling.frames, tiling.frames_stride, config.temporal_compression_ratio)
-        return map_tiles(self._decode_tile, z, space, time)
+        return map_tiles(self._decode_tile, z, *self._windows(self.tiling, "decode"))
 
     def _within(
         self,
@@ -145,13 +171,35 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
     ) -> Tensor:
         """The result for x by a plan that keeps to the budget."""
         check_budget(self, x, tiled=self.tiling is not None, offload=offload)
-        weight, budget = self.quant_conv.weight, read_bytes(memory_budget)
-        dtype, device = weight.dtype, weight.device
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        shape = tuple(x.shape)
+        budget, device = read_bytes(memory_budget), self.quant_conv.weight.device
+        shape, dtype = tuple(x.shape), self._dtype_of_maps()
         plan = planned(self.config, shape, dtype, budget, offload=offload, device=device)
         return stream(self, plan, x, progress)
+
+    def _across(self, half: Half, x: Tensor, group: ProcessGroup) -> Tensor:
+        """The result for x by all processes of the group, on each of them."""
+        check_alike(x, group)
+        dtype = self._dtype_of_maps()
+        if self.tiling is None:
+            return in_strips(self, self.config, half, x, group, dtype)
+        run = self._encode_tile if half == "encode" else self._decode_tile
+        windows = self._windows(self.tiling, half)
+        return in_tiles(run, self.config, half, self._enter(x), windows, group, dtype)
+
+    def _windows(self, tiling: Tiling, half: Half) -> tuple[Window, Window]:
+        """Those of space and of time."""
+        window = pixel_window if half == "encode" else latent_window
+        space, time = self.config.spatial_compression_ratio, self.config.temporal_compression_ratio
+        return (
+            window(tiling.size, tiling.size_stride, space),
+            window(tiling.frames, tiling.frames_stride, time),
+        )
+
+    def _dtype_of_maps(self) -> torch.dtype:
+        weight = self.quant_conv.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            return torch.get_autocast_dtype(weight.device.type)
+        return weight.dtype
 
     def _enter(self, x: Tensor) -> Tensor:
         """x in the dtype of the weights; everything within is channels-last."""

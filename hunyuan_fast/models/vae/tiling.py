@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
+
+from hunyuan_fast.models.vae.layers import Rows, Size
+
+Box = tuple[Rows, Rows, Rows]  # of time, height and width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,47 +69,88 @@ def _check_divisible(size: int, stride: int, ratio: int) -> None:
         )
 
 
-def map_tiles(run: Callable[[Tensor], Tensor], x: Tensor, space: Window, time: Window) -> Tensor:
-    """Apply run to tiles of x (B, C, T, H, W) and blend; axes that fit in one window stay whole.
+def tile_boxes(size: Size, space: Window, time: Window) -> list[Box]:
+    """The tiles of a clip of this size, in the order in which their results are blended.
 
     Time is cut when T exceeds its window; space, inside each cut, when H or W exceeds its own.
     """
-
-    def run_frames(part: Tensor) -> Tensor:
-        if max(part.shape[3:]) > space.size:
-            return _map_space(run, part, space)
-        return run(part)
-
-    return _map_time(run_frames, x, time) if x.shape[2] > time.size else run_frames(x)
+    frames, height, width = size
+    return list(product(_times(frames, time), *_areas(height, width, space)))
 
 
-def _map_space(run: Callable[[Tensor], Tensor], x: Tensor, window: Window) -> Tensor:
+def part_of(x: Tensor, box: Box) -> Tensor:
+    """A tile of a clip (B, C, T, H, W), as a view."""
+    frames, rows, columns = (slice(*span) for span in box)
+    return x[:, :, frames, rows, columns]
+
+
+def map_tiles(run: Callable[[Tensor], Tensor], x: Tensor, space: Window, time: Window) -> Tensor:
+    """Apply run to tiles of x (B, C, T, H, W) and blend; axes that fit in one window stay whole."""
+    size = x.shape[2], x.shape[3], x.shape[4]
+    return blend_tiles(lambda box: run(part_of(x, box)), size, space, time)
+
+
+def blend_tiles(run: Callable[[Box], Tensor], size: Size, space: Window, time: Window) -> Tensor:
+    """Blend what run has for each tile of a clip of this size; it is asked in their order."""
+    frames, height, width = size
+    rows, columns = _areas(height, width, space)
+
+    def run_frames(span: Rows) -> Tensor:
+        if len(rows) == len(columns) == 1:
+            return run((span, rows[0], columns[0]))
+        return _blend_space(lambda row, column: run((span, row, column)), rows, columns, space)
+
+    spans = _times(frames, time)
+    return _blend_time(run_frames, spans, time) if frames > time.size else run_frames(spans[0])
+
+
+def _times(frames: int, window: Window) -> list[Rows]:
+    """Frames of each window, which has one more than its size: a first one to give up."""
+    if frames <= window.size:
+        return [(0, frames)]
+    # a window that starts on the last frame would have nothing left to give
+    starts = [0, *range(window.stride, frames - 1, window.stride)]
+    return [(start, min(start + window.size + 1, frames)) for start in starts]
+
+
+def _areas(height: int, width: int, window: Window) -> tuple[list[Rows], list[Rows]]:
+    """Rows and columns of tiles."""
+    if max(height, width) <= window.size:
+        return [(0, height)], [(0, width)]
+    rows, columns = (
+        [(start, min(start + window.size, length)) for start in range(0, length, window.stride)]
+        for length in (height, width)
+    )
+    return rows, columns
+
+
+def _blend_space(
+    run: Callable[[Rows, Rows], Tensor], rows: list[Rows], columns: list[Rows], window: Window
+) -> Tensor:
     """Each tile fades in from the finished tile above, then from the finished one to the left."""
-    size, kept = window.size, window.kept
-    rows: list[Tensor] = []
+    kept = window.kept
+    parts: list[Tensor] = []
     above: list[Tensor] = []
-    for top in range(0, x.shape[3], window.stride):
+    for height in rows:
         row: list[Tensor] = []
-        for column, left in enumerate(range(0, x.shape[4], window.stride)):
-            tile = run(x[:, :, :, top : top + size, left : left + size])
+        for index, width in enumerate(columns):
+            tile = run(height, width)
             if above:
-                tile = _fade(above[column], tile, window.blend, dim=3)
+                tile = _fade(above[index], tile, window.blend, dim=3)
             if row:
                 tile = _fade(row[-1], tile, window.blend, dim=4)
             row.append(tile)
-        rows.append(torch.cat([tile[..., :kept, :kept] for tile in row], dim=4))
+        parts.append(torch.cat([tile[..., :kept, :kept] for tile in row], dim=4))
         above = row
-    return torch.cat(rows, dim=3)
+    return torch.cat(parts, dim=3)
 
 
-def _map_time(run: Callable[[Tensor], Tensor], x: Tensor, window: Window) -> Tensor:
+def _blend_time(run: Callable[[Rows], Tensor], spans: list[Rows], window: Window) -> Tensor:
     """Every window but the first gives up its first result: that of a frame without past."""
-    previous = run(x[:, :, : window.size + 1])
+    previous = run(spans[0])
     parts = [previous[:, :, : window.kept + 1]]
-    # a window that starts on the last frame would have nothing left to give
-    for start in range(window.stride, x.shape[2] - 1, window.stride):
-        tile = run(x[:, :, start : start + window.size + 1])[:, :, 1:]
-        previous = _fade(previous, tile, window.blend, dim=2)
+    for span in spans[1:]:
+        previous = _fade(previous, run(span)[:, :, 1:], window.blend, dim=2)
         parts.append(previous[:, :, : window.kept])
     return torch.cat(parts, dim=2)
 
