@@ -17,6 +17,7 @@ from hunyuan_fast.modules.attention import JointAttention
 from hunyuan_fast.modules.embedding import PatchEmbedding, TimestepEmbedder, unpatchify
 from hunyuan_fast.modules.mlp import EmbeddingMLP
 from hunyuan_fast.modules.rotary import rotary_tables
+from hunyuan_fast.modules.tensor_parallel import Tokens
 from hunyuan_fast.ops.sliding_tile_attention import SlidingTiles
 
 
@@ -36,6 +37,7 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         config = self.config = TransformerConfig(**kwargs)
         self.gradient_checkpointing = False
         self.attention_grid: tuple[int, int, int] | None = None
+        self.tokens = Tokens()
         dim, sizes = config.hidden_size, (config.hidden_size, config.heads_num, config.mlp_width)
 
         self.img_in = PatchEmbedding(config.patch_size, config.in_channels, dim)
@@ -94,11 +96,13 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
 
         num_video = img.shape[1]
         kv_len = num_video + text_len
+        img, txt = self.tokens.divide(img, txt)
         for block in self.double_blocks:
             img, txt = self._run(block, img, txt, vec, rotary, kv_len)
-        x = torch.cat((img, txt), dim=1)
+        x = self.tokens.join(img, txt)
         for block in self.single_blocks:
             x = self._run(block, x, vec, rotary, kv_len)
+        x = self.tokens.whole(x)
 
         return unpatchify(self.final_layer(x[:, :num_video], vec), (t, h, w), config.patch_size)
 
@@ -111,7 +115,7 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+            return checkpoint(self.tokens.bound(block), *inputs, use_reentrant=False)
         return block(*inputs)
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
