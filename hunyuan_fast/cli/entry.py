@@ -18,6 +18,7 @@ from hunyuan_fast.cli.errors import (
     CommandError,
     UsageError,
 )
+from hunyuan_fast.distributed.job import Job
 
 _FREE_SPACE = "; free some space or choose another place with -o"
 _ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FREE_SPACE)
@@ -27,16 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     0 success; 1 the command failed; 2 the command line is wrong; 130 Ctrl-C; 143 terminated.
-    Errors are one line on stderr, with the traceback above it when ``--debug`` is given.
+    Errors are one line on stderr, with the traceback above it when ``--debug`` is given. Under
+    ``torchrun`` all processes have the status of the job, and one speaks for all.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    if argv is None:  # the process is ours
-        signal.signal(signal.SIGTERM, _terminated)
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            _run(words)
+        job = Job.of_environment() if argv is None else None
+        if job is not None:
+            from hunyuan_fast.cli.parallel import run_in_job
+
+            return run_in_job(lambda: _run(words), job, describe, debug)
+        if argv is None:  # the process is ours
+            signal.signal(signal.SIGTERM, _terminated)
+        _run(words)
     except UsageError as error:
         return _report(error, USAGE, debug)
     except KeyboardInterrupt as error:
@@ -49,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        _run_command(words)
+
+
+def _run_command(words: list[str]) -> None:
     names = registry.command_names()
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview(names))
@@ -57,6 +68,8 @@ def _run(words: list[str]) -> None:
 
         print(f"hunyuan-fast {__version__}")
     elif words[0] in names:
+        if Job.of_environment() is not None and not registry.takes_several_processes(words[0]):
+            raise UsageError(f"{words[0]} is the work of one process; start it without torchrun")
         try:
             registry.load(words[0])(words[1:])
         except SystemExit as stop:  # --help
@@ -111,7 +124,8 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """A warning for the user in one line; those for programmers are left out."""
-    if issubclass(category, UserWarning):
+    job = Job.of_environment()
+    if issubclass(category, UserWarning) and (job is None or job.rank == 0):
         print(f"hunyuan-fast: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

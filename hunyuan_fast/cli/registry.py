@@ -31,5 +31,10 @@ def load(name: str) -> Callable[[Sequence[str]], None]:
     return run
 
 
+def takes_several_processes(name: str) -> bool:
+    """Whether a command may run under ``torchrun``: its module then has ``PARALLEL = True``."""
+    return getattr(importlib.import_module(_module(name)), "PARALLEL", False)
+
+
 def _module(name: str) -> str:
     return f"{commands.__name__}.{name.replace('-', '_')}"

@@ -9,6 +9,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 DIMS = ("dp", "ring", "ulysses", "tp")
+PRODUCTS = {
+    "cp": ("ring", "ulysses"),
+    "data": ("dp", "ring", "ulysses"),
+    "video": ("ring", "ulysses", "tp"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,19 +96,26 @@ class Layout:
 
 
 def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
-    """The mesh of a job that is under way, with the dims of :data:`DIMS` and their products.
+    """The mesh of a job that is under way, with the dims of :data:`DIMS` and :data:`PRODUCTS`.
 
-    "cp" is ring x ulysses, "data" is dp x cp. Processes of one tp group have adjacent ranks, so
-    that they share the fastest links; those of different dp are farthest apart.
+    Processes of one tp group have adjacent ranks, so that they share the fastest links; those of
+    different dp are farthest apart.
     """
     sizes = (layout.dp, layout.ring, layout.ulysses or 1, layout.tp)
     mesh = init_device_mesh(device_type, sizes, mesh_dim_names=DIMS)
-    mesh["ring", "ulysses"]._flatten("cp")
-    mesh["dp", "ring", "ulysses"]._flatten("data")
+    for name in PRODUCTS:
+        submesh(mesh, name)
     return mesh
+
+
+def submesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """The mesh of one dim, or of one product of dims, that this process is in."""
+    if name in PRODUCTS:
+        return mesh[PRODUCTS[name]]._flatten(name)  # made once, then found
+    return mesh[name]
 
 
 def group_of(mesh: DeviceMesh, name: str) -> ProcessGroup | None:
     """The group of this process along a dim of the mesh, ``None`` if it has nobody else in it."""
-    along = mesh[name]
+    along = submesh(mesh, name)
     return None if math.prod(along.shape) == 1 else along.get_group()

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
+from hunyuan_fast.distributed.mesh import Layout
 from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
 from hunyuan_fast.models.text import CLIPTextEncoder, LLMTextEncoder
 from hunyuan_fast.models.vae.model import HunyuanVideoVAE
-from hunyuan_fast.pipelines import folder
+from hunyuan_fast.pipelines import folder, parallel
 from hunyuan_fast.pipelines.inputs import (
     Limits,
     Progress,
@@ -49,6 +51,7 @@ class HunyuanVideoPipeline:
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
         self.settings = settings
+        self.ranks = parallel.Ranks()
         _check_parts(transformer, vae, text_encoder, text_encoder_2)
         check_defaults(self.limits)
 
@@ -113,6 +116,18 @@ class HunyuanVideoPipeline:
             part.to(device)
         return self
 
+    def parallelize(self, layout: Layout, mesh: DeviceMesh | None = None) -> "HunyuanVideoPipeline":
+        """Make videos together with the other processes of the default group.
+
+        Every process loads the same pipeline, calls this with the same layout, and then calls the
+        pipeline like the others: rank 0 decides what is made and gets it, the others get nothing.
+        mesh: as of ``distributed.mesh.build_mesh``; None makes one
+        Returns the pipeline itself. Raises ValueError when the layout fits neither the model nor
+        the number of processes.
+        """
+        parallel.parallelize(self, layout, mesh)
+        return self
+
     @torch.no_grad()
     def __call__(
         self,
@@ -146,19 +161,26 @@ class HunyuanVideoPipeline:
         first with step 0; an exception it raises ends the call
 
         Returns a CPU tensor, by output_type: "uint8" (B, T, H, W, 3), "float" (B, T, H, W, 3)
-        float32 in [0, 1], "latent" (B, C, T, H, W) float32, scaled as the transformer sees it.
+        float32 in [0, 1], "latent" (B, C, T, H, W) float32, scaled as the transformer sees it. Of a
+        parallelized pipeline rank 0 returns it, and the others an empty tensor.
         Raises TypeError or ValueError naming the argument before any work starts, and
         FloatingPointError naming the step when NaN or infinity appears.
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
-        request = read_request(self.limits, arguments)
-        report = request.progress or _silent
-        conditions = self._encode(request, report)
-        latents = self._denoise(request, conditions, report)
+        every = self.ranks.request(lambda: read_request(self.limits, arguments))
+        report = progress or _silent
+        request = self.ranks.of_group(every)
+        noise = self.ranks.noise(lambda: _noise(every), self.device)
+        conditions = self.ranks.conditions(lambda: self._encode(request, report), self.device)
+        latents = self._denoise(request, noise, conditions, report)
         del conditions
-        if request.output_type == "latent":
-            return latents.cpu()
-        return self._decode(latents, request.output_type, report)
+
+        def videos() -> Tensor:
+            if request.output_type == "latent":
+                return latents.cpu()
+            return self._decode(latents, request.output_type, report)
+
+        return self.ranks.videos(videos, len(every.prompts))
 
     def _encode(self, request: Request, report: Progress) -> dict[str, Tensor]:
         """Text inputs for each row of the batch: negative prompts first, then prompts."""
@@ -179,10 +201,11 @@ class HunyuanVideoPipeline:
             "pooled_text": pooled[row.to(pooled.device)].to(self.device, self.dtype),
         }
 
-    def _denoise(self, request: Request, conditions: dict[str, Tensor], report: Progress) -> Tensor:
+    def _denoise(
+        self, request: Request, noise: Tensor, conditions: dict[str, Tensor], report: Progress
+    ) -> Tensor:
         """Latents (B, C, T, H, W) float32 at noise level 0."""
         steps = request.num_inference_steps
-        noise = _draw_noise(request) if request.latents is None else request.latents
         guidance = None
         if self.transformer.config.guidance_embed:
             rows = len(conditions["text_mask"])
@@ -209,9 +232,7 @@ class HunyuanVideoPipeline:
             report("denoise", step + 1, steps)
 
         report("denoise", 0, steps)
-        return integrate(
-            velocity, noise.to(self.device), shifted_sigmas(steps, request.shift), on_step
-        )
+        return integrate(velocity, noise, shifted_sigmas(steps, request.shift), on_step)
 
     def _decode(self, latents: Tensor, output_type: str, report: Progress) -> Tensor:
         """Video (B, T, H, W, 3) on the CPU, decoded one by one to bound the memory."""
@@ -244,11 +265,13 @@ def _tiling_if_large(vae: HunyuanVideoVAE, latents: Tensor) -> Iterator[None]:
         vae.disable_tiling()
 
 
-def _draw_noise(request: Request) -> Tensor:
+def _noise(request: Request) -> Tensor:
     """Standard normal noise (B, C, T, H, W) in float32, from one CPU generator per video.
 
     Drawn on the CPU, so that a seed names one video on every machine and in every batch.
     """
+    if request.latents is not None:
+        return request.latents
     shape = request.latent_shape[1:]
     return torch.stack(
         [

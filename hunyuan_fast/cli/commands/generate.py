@@ -1,14 +1,25 @@
 """Make a video from a prompt."""
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from hunyuan_fast.cli.errors import UsageError
 from hunyuan_fast.cli.outputs import output_paths, tried
+from hunyuan_fast.cli.parallel import (
+    ParallelOptions,
+    check_layout,
+    console_of_process,
+    is_first,
+    join,
+    named,
+    place_of_process,
+    read_layout,
+)
 from hunyuan_fast.cli.parsing import (
     Float,
     Int,
@@ -26,9 +37,11 @@ from hunyuan_fast.cli.windows import read_windows, token_grid
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hunyuan_fast.distributed.mesh import Layout
     from hunyuan_fast.models.dit.windows import AttentionWindows
     from hunyuan_fast.pipelines.inputs import Request
 
+PARALLEL = True
 RECORDED_FLAGS = (
     *("model", "height", "width", "frames", "steps", "guidance", "true-cfg"),
     *("shift", "seed", "negative", "dtype", "attention-precision", "fps", "attention-windows"),
@@ -75,6 +88,7 @@ class Options:
     """same as dtype, or fp8: faster on GPUs with such products, and less exact."""
     device: OptionalText = None
     """cpu, cuda or cuda:N. Default: a GPU if there is one."""
+    parallel: OmitArgPrefixes[ParallelOptions] = field(default_factory=ParallelOptions)
     overwrite: bool = False
     """Replace files that exist."""
     debug: bool = False
@@ -93,16 +107,18 @@ def run(argv: Sequence[str]) -> None:
     from hunyuan_fast.pipelines import HunyuanVideoPipeline
 
     _quieten_transformers()
-    device, dtype = read_place(options.device, options.dtype)
-    request, fps, windows = _read(options)
+    layout = read_layout(options.parallel, "generate")
+    device, dtype = read_place(place_of_process(options.device), options.dtype)
+    request, fps, windows = _read(options, layout)
     suffix = ".mp4" if request.num_frames > 1 else ".png"
-    paths = output_paths(options.out, len(request.prompts), suffix, stem="hunyuan")
-    # H.264 at this quality stays below 1.5 bytes per pixel, PNG below 3, even for pure noise.
-    pixels = len(paths) * request.height * request.width * request.num_frames
-    with (
-        tried(paths, overwrite=options.overwrite, size=3 * pixels + 2**20),
-        Stages(str(device), console(stderr=True)) as stages,
-    ):
+    paths: tuple[Path, ...] = ()
+    place: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if is_first():
+        paths = output_paths(options.out, len(request.prompts), suffix, stem="hunyuan")
+        # H.264 at this quality stays below 1.5 bytes per pixel, PNG below 3, even for pure noise.
+        pixels = len(paths) * request.height * request.width * request.num_frames
+        place = tried(paths, overwrite=options.overwrite, size=3 * pixels + 2**20)
+    with place, Stages(str(device), console_of_process()) as stages:
         with stages.stage("load"):
             pipe = HunyuanVideoPipeline.from_pretrained(
                 options.model,
@@ -111,8 +127,14 @@ def run(argv: Sequence[str]) -> None:
                 attention_precision=options.attention_precision,
             )
             pipe.transformer.set_attention(windows=windows)
+            join(device)
+            pipe.parallelize(layout)
         videos = pipe(**_arguments(options), progress=stages)
-        made_with = {"dtype": str(pipe.dtype).removeprefix("torch."), "device": str(device)}
+        made_with = record(
+            dtype=str(pipe.dtype).removeprefix("torch."),
+            device=str(device),
+            layout=named(layout) or None,
+        )
         for index, path in enumerate(paths):
             stages("write", index, len(paths))
             metadata = _metadata(options, request, index, fps) | made_with
@@ -131,7 +153,7 @@ def _quieten_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def _read(options: Options) -> "tuple[Request, float, AttentionWindows | None]":
+def _read(options: Options, layout: "Layout") -> "tuple[Request, float, AttentionWindows | None]":
     """The request with every default filled in, and the windows, before a weight is read."""
     from hunyuan_fast.pipelines.folder import read_limits
     from hunyuan_fast.pipelines.inputs import read_attention_precision, read_request
@@ -143,6 +165,7 @@ def _read(options: Options) -> "tuple[Request, float, AttentionWindows | None]":
         request = read_request(limits, arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(in_flags(str(error))) from error
+    check_layout(layout, limits.transformer.heads_num, len(request.prompts))
     windows = None
     if options.attention_windows is not None:
         if options.attention_precision != "same":

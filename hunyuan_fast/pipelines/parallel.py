@@ -1,0 +1,127 @@
+"""A pipeline over many processes: each calls it alike, and together they make the videos.
+
+The videos of a call are dealt out to the dp groups. The processes of one group (cp x tp) share the
+transformer's work on theirs: the first of them encodes the prompts, and what it has is sent to the
+others, so that whatever they were given, all of a group walk from the same noise under the same
+conditions. Rank 0 returns all videos, the other ranks an empty tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from hunyuan_fast.distributed.broadcast import from_first, tensor_from_first, to_first
+from hunyuan_fast.distributed.collectives import rank_in, size_of
+from hunyuan_fast.distributed.mesh import Layout, build_mesh, group_of
+from hunyuan_fast.distributed.shards import part, split_sizes
+from hunyuan_fast.pipelines.inputs import Request
+
+if TYPE_CHECKING:
+    from hunyuan_fast.pipelines.text_to_video import HunyuanVideoPipeline
+
+
+class Ranks:
+    """Who of the processes of a pipeline does what; without a mesh there is one process."""
+
+    def __init__(self, mesh: DeviceMesh | None = None) -> None:
+        self._everybody: ProcessGroup | None = None if mesh is None else dist.group.WORLD
+        self._replicas = None if mesh is None else group_of(mesh, "dp")
+        self._video = None if mesh is None else group_of(mesh, "video")
+
+    def request(self, read: Callable[[], Request]) -> Request:
+        """The call of rank 0 on all ranks; its latents and its callback stay there.
+
+        Raises ValueError when a dp group would have no video.
+        """
+        kept: list[Request] = []
+
+        def plain() -> Request:
+            request = read()
+            count, groups = len(request.prompts), size_of(self._replicas)
+            if count < groups:
+                raise ValueError(
+                    f"num_videos must be at least {groups} in all, one for each dp group, got "
+                    f"{count}; make more videos, or share each of them with cp"
+                )
+            kept.append(request)
+            return replace(request, latents=None, progress=None)
+
+        request = from_first(plain, self._everybody)
+        return kept[0] if kept else request
+
+    def of_group(self, request: Request) -> Request:
+        """The videos of this dp group alone."""
+        mine = part(self._counts(len(request.prompts)), rank_in(self._replicas))
+        prompts, negative = request.prompts[mine], request.negative_prompts
+        return replace(
+            request,
+            prompts=prompts,
+            negative_prompts=None if negative is None else negative[mine],
+            seeds=request.seeds[mine],
+            latents=None,  # they are in the noise
+            latent_shape=(len(prompts), *request.latent_shape[1:]),
+        )
+
+    def noise(self, draw: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """What rank 0 draws for all videos: the part of this dp group, bit for bit."""
+        drawn = draw() if rank_in(self._everybody) == 0 else None
+        noise = tensor_from_first(drawn, self._everybody, device)
+        return noise[part(self._counts(len(noise)), rank_in(self._replicas))]
+
+    def conditions(
+        self, encode: Callable[[], dict[str, Tensor]], device: torch.device
+    ) -> dict[str, Tensor]:
+        """What the first of the group encodes, on all of the group, bit for bit."""
+        made: dict[str, Tensor] = {}
+
+        def names() -> list[str]:
+            made.update(encode())
+            return list(made)
+
+        return {
+            name: tensor_from_first(made.get(name), self._video, device)
+            for name in from_first(names, self._video)
+        }
+
+    def videos(self, make: Callable[[], Tensor], count: int) -> Tensor:
+        """All videos on rank 0 and none on the others; the first of each group makes its own."""
+        if rank_in(self._video) != 0:
+            return torch.empty(0)
+        return to_first(make(), self._counts(count), self._replicas)
+
+    def _counts(self, count: int) -> tuple[int, ...]:
+        """Videos of each dp group."""
+        return split_sizes(count, size_of(self._replicas))
+
+
+def parallelize(pipeline: HunyuanVideoPipeline, layout: Layout, mesh: DeviceMesh | None) -> None:
+    """Share the work of a pipeline, which every process has loaded, with the whole default group.
+
+    The text encoders stay with the first process of each group alone.
+
+    mesh: as of :func:`build_mesh`; None makes one
+    Raises ValueError when the layout fits neither the model nor the number of processes.
+    """
+    config = pipeline.transformer.config
+    layout.check_heads(config.heads_num)
+    if layout.is_single:
+        return
+    layout.check_world(dist.get_world_size())
+    if mesh is None:
+        mesh = build_mesh(layout, pipeline.device.type)
+    if layout.cp * layout.tp > 1 or layout.zero:
+        from hunyuan_fast.models.dit.parallel import parallelize as share_transformer
+
+        share_transformer(pipeline.transformer, mesh, layout)
+    if rank_in(group_of(mesh, "video")) != 0:
+        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+            encoder.to("meta")
+    pipeline.ranks = Ranks(mesh)
