@@ -22,7 +22,10 @@ from hunyuan_fast.distributed.traffic import sent
 class Cuts(Protocol):
     """How processes share parameters by heads or channels."""
 
-    cuts: Mapping[str, Any]  # by name of what is cut
+    @property
+    def cuts(self) -> Mapping[str, Any]:
+        """By name of what is cut."""
+        ...
 
     def to_canonical(self, name: str, tensor: Tensor) -> Tensor:
         """The whole, on every process; all take part."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,11 +12,14 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from hunyuan_fast.distributed.broadcast import from_first
 from hunyuan_fast.distributed.collectives import all_reduce_sum
 from hunyuan_fast.distributed.mesh import Layout, build_mesh, group_of
 from hunyuan_fast.distributed.wholes import Wholes
 from hunyuan_fast.models.dit.fully_sharded import average_gradients, shard_states
 from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
+from hunyuan_fast.models.dit.resharding import Resharding
+from hunyuan_fast.models.dit.tensor_parallel import parallelize_tensors
 from hunyuan_fast.trainer.share import ALONE, Share
 
 T = TypeVar("T")
@@ -65,6 +68,9 @@ class Team:
     def place(self, transformer: HunyuanVideoTransformer) -> None:
         """Share a transformer as the layout says, in place."""
         if self.mesh is not None:
+            parallelize_tensors(
+                transformer, self.mesh, sequence_parallel=self.layout.sequence_parallel
+            )
             shard_states(transformer, self.mesh, self.layout)
 
     def replicate(self, module: nn.Module) -> None:
@@ -85,6 +91,8 @@ class Team:
 
     def wholes(self, module: nn.Module) -> Wholes:
         """The map between parts of the module's tensors and whole ones."""
+        if isinstance(module, HunyuanVideoTransformer) and module.cuts:
+            return Wholes(module, Resharding(module))
         return Wholes(module)
 
     def any(self, flag: bool) -> bool:
@@ -102,19 +110,8 @@ class Team:
         return dict(zip(figures, total.tolist(), strict=True))
 
     def by_first(self, function: Callable[[], T]) -> T:
-        """What a function gives on the first process; what it raises there is raised everywhere."""
-        if self.mesh is None:
-            return function()
-        answer: list[Any] = [None, None]
-        if self.is_first:
-            try:
-                answer[0] = function()
-            except Exception as error:
-                answer[1] = error
-        dist.broadcast_object_list(answer, src=0)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+        """What a function gives on the first process; where it fails, it fails everywhere."""
+        return from_first(function, None if self.mesh is None else dist.group.WORLD)
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         assert self.mesh is not None and dist.group.WORLD is not None

@@ -13,7 +13,9 @@ from tests.kit.ranks import RankPool
 # Sums of gradients in another order differ in their last bits; AdamW then divides by them.
 CLOSE = {"output": 1e-5, "gradient": 1e-5, "norm": 1e-6, "weights": 1e-6}
 EXACT = dict.fromkeys(CLOSE, 1e-12)
-LAYOUTS = tuple({"dp": dp, "zero": zero} for dp in (2, 3, 4) for zero in (0, 1, 2, 3))
+LAYOUTS = tuple(
+    {"dp": dp, "zero": zero} for dp, zero in ((2, 0), (4, 0), (3, 1), (2, 2), (4, 2), (3, 3))
+)
 OFFLOADED = {"dp": 2, "zero": 3, "offload": True}
 
 
@@ -34,7 +36,7 @@ def test_checkpointing_in_float64(ranks: RankPool, zero: int) -> None:
     check(found, EXACT)
 
 
-@pytest.mark.parametrize("sizes", LAYOUTS[:8], ids=str)
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
 def test_what_each_rank_keeps(ranks: RankPool, sizes: dict[str, Any]) -> None:
     whole = sum(p.nbytes for p in cases.transformer().parameters())
     found, ranks_of = ranks.run(sizes["dp"], cases.kept, sizes), sizes["dp"]

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from hunyuan_fast.distributed.mesh import Layout, group_of
+from hunyuan_fast.distributed.mesh import Layout, group_of, submesh
 from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
 
 
@@ -89,7 +89,7 @@ def _shard(
     def shard(module: nn.Module, *, reshard: bool) -> FSDPModule:
         fully_shard(
             module,
-            mesh=mesh["data"],
+            mesh=submesh(mesh, "data"),
             reshard_after_forward=reshard,
             mp_policy=policy,
             offload_policy=offload if layout.offload else OffloadPolicy(),
