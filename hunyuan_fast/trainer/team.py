@@ -18,8 +18,8 @@ from hunyuan_fast.distributed.mesh import Layout, build_mesh, group_of
 from hunyuan_fast.distributed.wholes import Wholes
 from hunyuan_fast.models.dit.fully_sharded import average_gradients, shard_states
 from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
+from hunyuan_fast.models.dit.parallel import parallelize
 from hunyuan_fast.models.dit.resharding import Resharding
-from hunyuan_fast.models.dit.tensor_parallel import parallelize_tensors
 from hunyuan_fast.trainer.share import ALONE, Share
 
 T = TypeVar("T")
@@ -68,9 +68,7 @@ class Team:
     def place(self, transformer: HunyuanVideoTransformer) -> None:
         """Share a transformer as the layout says, in place."""
         if self.mesh is not None:
-            parallelize_tensors(
-                transformer, self.mesh, sequence_parallel=self.layout.sequence_parallel
-            )
+            parallelize(transformer, self.mesh, self.layout)
             shard_states(transformer, self.mesh, self.layout)
 
     def replicate(self, module: nn.Module) -> None:

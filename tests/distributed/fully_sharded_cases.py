@@ -28,7 +28,7 @@ STEPS = 3
 
 def transformer(**changes: Any) -> HunyuanVideoTransformer:
     """The same weights on every rank."""
-    sizes = {"mm_double_blocks_depth": 1, "mm_single_blocks_depth": 2, "mlp_width_ratio": 2.0}
+    sizes = {"mm_double_blocks_depth": 1, "mm_single_blocks_depth": 1, "mlp_width_ratio": 2.0}
     return tiny_model(torch.Generator().manual_seed(0), **{**sizes, **changes})
 
 

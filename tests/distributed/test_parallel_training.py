@@ -17,15 +17,14 @@ from tests.kit.ranks import RankFailed, RankPool
 
 # Every layout goes on from what the one before it has left halfway.
 LAYOUTS: tuple[dict[str, Any], ...] = (
-    {"dp": 2},
+    {"dp": 2, "cp": 2},
     {"dp": 3, "zero": 1},
-    {"tp": 3},
     {"dp": 2, "tp": 2, "zero": 3},
-    {"dp": 2, "zero": 2},
-    {"dp": 2, "zero": 3, "offload": True},
+    {"cp": 3, "zero": 2},
+    {"cp": 2, "tp": 2, "zero": 1},
 )
 MUON = OptimConfig(lr=1e-4, muon_lr=1e-2, max_grad_norm=0.1)
-MUON_LAYOUTS: tuple[dict[str, Any], ...] = ({"dp": 3, "zero": 1}, {"dp": 2, "tp": 2, "zero": 3})
+MUON_LAYOUTS: tuple[dict[str, Any], ...] = ({"dp": 2, "zero": 1}, {"dp": 2, "tp": 2, "zero": 2})
 
 
 def count(sizes: dict[str, Any]) -> int:
@@ -86,7 +85,7 @@ def test_the_run_of_one_process(runs: dict[int, Path]) -> None:
     assert len(runs) == len(LAYOUTS) + 1
 
 
-@pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=lambda index: str(LAYOUTS[index]))
+@pytest.mark.parametrize("index", (0, 2, 4), ids=lambda index: str(LAYOUTS[index]))
 def test_another_layout_goes_on(
     ranks: RankPool, alone: Alone, runs: dict[int, Path], tmp_path: Path, index: int
 ) -> None:
@@ -105,7 +104,7 @@ def test_states_are_those_of_one_process(
     sizes = LAYOUTS[index]
     assert ranks.run(count(sizes), cases.reloaded, sizes, str(state_of(runs[index - 1])))[0] == []
     stored, wanted = (torch.load(state_of(runs[i]), weights_only=True) for i in (index, -1))
-    assert list(cases.shape_of(stored)) == list(cases.shape_of(wanted))
+    assert dict(cases.shape_of(stored)) == dict(cases.shape_of(wanted))
 
 
 @pytest.mark.parametrize("sizes", MUON_LAYOUTS, ids=str)
