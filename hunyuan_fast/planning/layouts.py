@@ -144,8 +144,8 @@ def geometries(job: Job, gpus: int) -> Iterator[Layout]:
         for ulysses in _ulysses(heads // tp):
             for ring in sizes(min(gpus // (tp * ulysses), job.video_tokens // ulysses)):
                 for dp in sizes(min(gpus // (tp * ulysses * ring), job.videos)):
-                    for sequence_parallel in (True, False) if tp > 1 else (False,):
-                        yield Layout(dp, ring, ulysses, tp, sequence_parallel)
+                    # splitting by tokens within tp sends the same bytes and keeps fewer
+                    yield Layout(dp, ring, ulysses, tp, sequence_parallel=tp > 1)
 
 
 @lru_cache

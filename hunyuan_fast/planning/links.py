@@ -36,15 +36,19 @@ def exchange_seconds(size: float, group: Group, hardware: Hardware) -> float:
 def gather_seconds(size: float, group: Group, hardware: Hardware) -> float:
     """An all-gather to `size` bytes on every rank, or a reduce-scatter of as many.
 
-    Within a node through the links of one GPU; across nodes each GPU fetches a share of what the
-    node lacks. Messages follow each other around the ring within nodes, then around the nodes.
+    Through the links of one GPU within a node. Across nodes rings cross from each GPU of a node to
+    its like in the next one, so the node with the fewest GPUs of the group holds up the others.
+    Messages follow each other around the ring within nodes, then around the nodes.
     """
     if group.size == 1:
         return 0.0
     inside = group.within(hardware.node)
     nodes = ceil(group.size / inside)
     at_home = size * (group.size - 1) / group.size / hardware.link_rate
-    abroad = size * (nodes - 1) / nodes / inside / hardware.network_rate
+    crossing = group.size % inside or inside
+    abroad = 0.0
+    if nodes > 1:
+        abroad = size * (group.size - 1) / group.size / crossing / hardware.network_rate
     waits = (inside - 1) * hardware.link_us + (nodes - 1) * hardware.network_us
     if inside == 1:
         at_home = 0.0

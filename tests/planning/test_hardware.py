@@ -50,7 +50,7 @@ def test_a_file_changes_a_gpu_of_the_table(tmp_path: Path) -> None:
 def test_files_that_are_refused(data: object, said: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(data))
-    with pytest.raises((ValueError, TypeError), match="mine.json") as caught:
+    with pytest.raises((ValueError, TypeError), match=r"mine\.json") as caught:
         read_hardware(path)
     assert said in str(caught.value)
 
@@ -58,7 +58,7 @@ def test_files_that_are_refused(data: object, said: str, tmp_path: Path) -> None
 def test_a_file_that_is_no_json(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text("{")
-    with pytest.raises(ValueError, match="mine.json cannot be read"):
+    with pytest.raises(ValueError, match=r"mine\.json cannot be read"):
         read_hardware(path)
 
 
