@@ -5,18 +5,11 @@ from collections.abc import Iterator, Sequence
 from hunyuan_fast.planning.hardware import Hardware
 from hunyuan_fast.planning.memory import PARTS, Memory
 from hunyuan_fast.planning.published import Row
-from hunyuan_fast.planning.search import GIB, Choice, Found
+from hunyuan_fast.planning.search import GIB, Choice, Found, duration
 from hunyuan_fast.planning.timing import Seconds
 from hunyuan_fast.planning.work import Job
 
 _PARTS = Seconds.__slots__
-
-
-def seconds(value: float) -> str:
-    """A time in the unit that reads best."""
-    if value >= 3600:
-        return f"{value / 3600:.3g} h"
-    return f"{value:.3g} s" if value >= 0.1 else f"{value * 1e3:.3g} ms"
 
 
 def heading(job: Job, hardware: Hardware, gpus: int) -> str:
@@ -26,11 +19,16 @@ def heading(job: Job, hardware: Hardware, gpus: int) -> str:
         f"{job.model}, {job.height} x {job.width} x {job.frames}: {job.parameters / 1e9:.4g} B "
         f"parameters, {job.tokens:,} tokens, {_flop(job.flops)} for each {of_what} and step"
     )
-    what = f"training, {job.videos} samples a step" if job.training else f"{job.videos} video(s)"
+    what = _count(job.videos, of_what)
+    what = f"training, {what} a step" if job.training else what
     return (
         f"{work}\n{what}, on {gpus} x {hardware.name}, {hardware.usable / GIB:.0f} GiB usable, "
         f"nodes of {hardware.node:g}"
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _flop(count: float) -> str:
@@ -74,10 +72,10 @@ def _line(number: int, choice: Choice, found: Found) -> str:
     times, total = choice.seconds, choice.seconds.total
     job, hardware = found.job, found.hardware
     peak = job.flops * job.videos / total / (choice.layout.gpus * hardware.tflops * 1e12)
-    last = f"{job.videos / total:.3g}" if job.training else seconds(choice.whole)
+    last = f"{job.videos / total:.3g}" if job.training else duration(choice.whole)
     return _row(
-        f"{number:>3}. {choice.layout.gpus} GPUs",
-        seconds(total),
+        f"{number:>3}. {_count(choice.layout.gpus, 'GPU')}",
+        duration(total),
         *(f"{part / total:.0%}" for part in (times.compute, times.memory, times.exposed)),
         f"{peak:.0%}",
         f"{choice.memory.total / GIB:.1f}",
@@ -92,7 +90,7 @@ def _row(name: str, *cells: str) -> str:
 def _seconds(times: Seconds) -> str:
     total = times.total
     parts = [(getattr(times, name), name) for name in _PARTS]
-    shown = [f"{name} {seconds(value)}" for value, name in parts if value > 0.0005 * total]
+    shown = [f"{name} {duration(value)}" for value, name in parts if value > 0.0005 * total]
     return ", ".join(shown)
 
 
@@ -110,7 +108,7 @@ def official(rows: Sequence[Row], attention_tflops: float) -> str:
     for row in rows:
         cells = (f"{row.published:.0f} s", f"{row.predicted:.0f} s", f"{row.error:+.1%}")
         fitted = (f"{row.fitted:.0f} s", f"{row.fitted_error:+.1%}")
-        lines.append(_row(f"{row.gpus} GPU" + "s" * (row.gpus > 1), *cells, *fitted))
+        lines.append(_row(_count(row.gpus, "GPU"), *cells, *fitted))
     lines.append(
         f"predicted: nothing fitted. fitted: attention at {attention_tflops:.0f} TFLOP/s, from the "
         "row of one GPU alone"

@@ -216,7 +216,7 @@ def _too_large(choice: Choice, usable: float) -> str:
     part = getattr(needs, needs.largest)
     return (
         f"needs {needs.total / GIB:.0f} GiB of {usable / GIB:.0f}, "
-        f"{part / GIB:.0f} of them {largest}; it would take {choice.seconds.total:.3g} s"
+        f"{part / GIB:.0f} of them {largest}; it would take {duration(choice.seconds.total)}"
     )
 
 
@@ -224,9 +224,17 @@ def _slower(seconds: Seconds, best: Seconds) -> str:
     """How much slower, and what takes the difference."""
     more = {name: getattr(seconds, name) - getattr(best, name) for name in _CAUSES}
     worst = max(more, key=more.__getitem__)
-    share = seconds.total / best.total - 1
-    if share < 0.0005:
+    ratio = seconds.total / best.total
+    if ratio < 1.0005:
         return "as fast"
-    return (
-        f"{seconds.total:.3g} s, {share:.1%} slower: {more[worst]:.2g} s more for {_CAUSES[worst]}"
-    )
+    slower = f"{ratio - 1:.1%} slower" if ratio < 2 else f"{ratio:.1f} times as long"
+    return f"{duration(seconds.total)}, {slower}: {duration(more[worst])} more for {_CAUSES[worst]}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that reads best."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.3g} h"
+    if seconds >= 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"

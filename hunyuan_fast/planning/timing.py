@@ -21,7 +21,16 @@ from hunyuan_fast.planning.links import (
 )
 from hunyuan_fast.planning.memory import OPTIMISER_BYTES, local_parameters, rows_of
 from hunyuan_fast.planning.traffic import GRADIENT_BYTES, tensor_parallel_collectives, ulysses_bytes
-from hunyuan_fast.planning.work import BACKWARD, FORWARD, KERNELS, KINDS, Job, Kind, Passes
+from hunyuan_fast.planning.work import (
+    BACKWARD,
+    FORWARD,
+    KERNELS,
+    KINDS,
+    OUTSIDE_KERNELS,
+    Job,
+    Kind,
+    Passes,
+)
 
 # Bytes of an element when two parts of attention are merged: the new part is read, the float32 sum
 # of what came before read and written.
@@ -252,8 +261,19 @@ class Clock:
         one_way = gather_seconds(size, group, self.hardware)
         return 2 * one_way if layout.zero == 0 else one_way
 
+    def _outside(self, layout: Layout) -> Seconds:
+        """What lies around the blocks, forward: patches of a rank's share, all of the text."""
+        job, hardware = self.job, self.hardware
+        video = -(-job.video_tokens // layout.cp)
+        flops = 2.0 * (video * job.patch_parameters + job.text_tokens * job.text_in_parameters)
+        return Seconds(
+            matrices=flops / hardware.gemm_rate,
+            memory=job.other_parameters * job.weight_bytes / hardware.memory_rate,
+            kernels=OUTSIDE_KERNELS * hardware.kernel_us * 1e-6,
+        )
+
     def _inference(self, layout: Layout) -> Seconds:
-        total, blocks = Seconds(), self.blocks(layout)
+        total, blocks = self._outside(layout), self.blocks(layout)
         for kind in KINDS:
             depth, forward = self.job.depth(kind), blocks[kind][0]
             if not depth:
@@ -271,7 +291,7 @@ class Clock:
         return Seconds(weights=max(0.0, gather - behind.local), host=max(0.0, fetch - rest))
 
     def _training(self, layout: Layout, turns: int) -> Seconds:
-        total, blocks = Seconds(), self.blocks(layout)
+        total, blocks = self._outside(layout) * (3 * turns), self.blocks(layout)
         shares = layout.data > 1
         for kind in KINDS:
             depth, (forward, backward) = self.job.depth(kind), blocks[kind]

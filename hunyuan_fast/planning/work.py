@@ -54,6 +54,7 @@ BUSY: dict[Kind, Passes] = {"double": Passes(8, 4), "single": Passes(15, 1)}
 BUSY_BACKWARD: dict[Kind, Passes] = {"double": Passes(12, 3), "single": Passes(15, 2)}
 # Kernels of a block, forward.
 KERNELS: dict[Kind, int] = {"double": 22, "single": 10}
+OUTSIDE_KERNELS = 80  # embeddings, refiner, rotary tables, the last layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +162,19 @@ class Job:
         text += two_layers(config.text_states_dim) + REFINER_DEPTH * refiner_block
         last = (dim + 1) * config.out_channels * patch + (dim + 1) * 2 * dim
         return embeddings + text + last
+
+    @property
+    def patch_parameters(self) -> int:
+        """Parameters outside the blocks that every video token meets."""
+        config = self.config
+        features = (config.in_channels + config.out_channels) * prod(config.patch_size)
+        return features * config.hidden_size
+
+    @property
+    def text_in_parameters(self) -> int:
+        """Parameters outside the blocks that every text token meets."""
+        dim = self.config.hidden_size
+        return dim * (self.config.text_states_dim + REFINER_DEPTH * 12 * dim)
 
     @cached_property
     def parameters(self) -> int:
