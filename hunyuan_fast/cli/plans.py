@@ -1,6 +1,7 @@
 """Plans in words: the tables that ``hunyuan-fast plan`` prints."""
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from hunyuan_fast.planning.hardware import Hardware
 from hunyuan_fast.planning.memory import PARTS, Memory
@@ -8,6 +9,9 @@ from hunyuan_fast.planning.published import Row
 from hunyuan_fast.planning.search import GIB, Choice, Found, duration
 from hunyuan_fast.planning.timing import Seconds
 from hunyuan_fast.planning.work import Job
+
+if TYPE_CHECKING:
+    from hunyuan_fast.pipelines.probe import Comparison
 
 _PARTS = Seconds.__slots__
 
@@ -97,6 +101,16 @@ def _seconds(times: Seconds) -> str:
 def _memory(memory: Memory) -> str:
     parts = [(getattr(memory, name), name) for name in PARTS]
     return ", ".join(f"{name} {value / GIB:.1f}" for value, name in parts if value) + " GiB"
+
+
+def comparison(rows: "Sequence[Comparison]") -> str:
+    """Predictions beside the clock."""
+    width = max(len(row.name) for row in rows)
+    lines = [" " * width + _row("", "measured", "predicted", "error")[16:]]
+    for row in rows:
+        cells = (duration(row.measured), duration(row.predicted), f"{row.error:+.0%}")
+        lines.append(f"{row.name:<{width}}" + _row("", *cells)[16:])
+    return "\n".join(lines)
 
 
 def official(rows: Sequence[Row], attention_tflops: float) -> str:

@@ -243,7 +243,12 @@ def _build(data: dict[str, Any]) -> Hardware:
     return Hardware(**values)
 
 
-def hardware_toml(hardware: Hardware) -> str:
-    """The text of a TOML file that `read_hardware` reads back."""
-    rows = (f"{name} = {json.dumps(value)}" for name, value in asdict(hardware).items())
-    return "\n".join(rows) + "\n"
+def hardware_text(hardware: Hardware, suffix: str = ".toml") -> str:
+    """The text of a .toml or .json file that `read_hardware` reads back."""
+    if suffix == ".json":
+        return json.dumps(asdict(hardware), indent=2) + "\n"
+    rows = []
+    for name, value in asdict(hardware).items():
+        text = f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
+        rows.append(f"{name} = {text}\n")
+    return "".join(rows)

@@ -129,6 +129,15 @@ class Clock:
             }
         return self._blocks[key]
 
+    def passes(self, layout: Layout) -> tuple[Seconds, Seconds]:
+        """Forward and backward of one video through the whole transformer, unsharded."""
+        blocks, outside = self.blocks(layout), self._outside(layout)
+        both = [outside, outside * 2]
+        for kind in KINDS:
+            for way, seconds in enumerate(blocks[kind]):
+                both[way] += seconds * self.job.depth(kind)
+        return both[0], both[1]
+
     def step(self, layout: Layout) -> Seconds:
         """One step of the whole job: every video once, in training with update of the weights."""
         turns = -(-self.job.videos // layout.dp)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hunyuan_fast.planning.hardware import GPUS, find_gpu, hardware_toml, read_hardware
+from hunyuan_fast.planning.hardware import GPUS, find_gpu, hardware_text, read_hardware
 from hunyuan_fast.planning.layouts import Group
 from hunyuan_fast.planning.links import exchange_seconds, gather_seconds, hop_seconds
 
@@ -22,7 +22,7 @@ def test_the_table() -> None:
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is of Python 3.11")
 def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(hardware_toml(GPUS["b200"]))
+    path.write_text(hardware_text(GPUS["b200"]))
     assert read_hardware(path) == GPUS["b200"]
 
 

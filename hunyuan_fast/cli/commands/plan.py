@@ -22,6 +22,7 @@ from hunyuan_fast.cli.parsing import (
     OptionalText,
     parse,
 )
+from hunyuan_fast.cli.placement import read_place
 
 if TYPE_CHECKING:
     from hunyuan_fast.planning.hardware import Hardware
@@ -62,6 +63,12 @@ class Options:
     """A PNG to draw the scaling curve into, from 1 to --gpus GPUs; needs matplotlib."""
     check: bool = False
     """Predict the published latencies on 1, 2, 4 and 8 GPUs instead, and tell the errors."""
+    measure: OptionalInput = None
+    """A .toml or .json to write what the device at hand reaches; plans are checked on it."""
+    dtype: OptionalText = None
+    """Of what is measured. Default: float32 on a CPU, bfloat16 on a GPU."""
+    device: OptionalText = None
+    """To measure: cpu, cuda or cuda:N. Default: a GPU if there is one."""
     overwrite: bool = False
     """Replace a file that exists."""
     debug: bool = False
@@ -79,6 +86,9 @@ def run(argv: Sequence[str]) -> None:
 
         print(plans.official(check_official(), fitted_attention_tflops()))
         return
+    if options.measure is not None:
+        _measure(options, options.measure)
+        return
     _check(options)
     hardware = _hardware(options)
     job = _job(options)
@@ -93,6 +103,29 @@ def run(argv: Sequence[str]) -> None:
         print(plans.plan(search(job, hardware, options.gpus, top=options.top)), flush=True)
         draw(job, hardware, options.gpus, path)
     print(f"\n{path}")
+
+
+def _measure(options: Options, path: Path) -> None:
+    import torch
+
+    from hunyuan_fast.cli import plans
+    from hunyuan_fast.cli.stages import Stages, console
+    from hunyuan_fast.pipelines.probe import compare, probe
+    from hunyuan_fast.planning.hardware import hardware_text
+
+    device, dtype = read_place(options.device, options.dtype)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    suffix = ".json" if path.suffix == ".json" else ".toml"
+    (path,) = output_paths(path, 1, suffix, stem="hardware")
+    with (
+        tried((path,), overwrite=options.overwrite, size=2**16),
+        Stages(str(device), console(stderr=True)) as stages,
+    ):
+        hardware = probe(device, dtype, stages)
+        path.write_text(hardware_text(hardware, suffix), encoding="utf-8")
+        rows = compare(hardware, device, dtype, stages)
+    print(f"{path}\n{hardware_text(hardware)}\n{plans.comparison(rows)}")
 
 
 def _check(options: Options) -> None:
