@@ -39,7 +39,7 @@ def draw(job: Job, hardware: Hardware, most: int, path: Path) -> None:
     ys = [choice.seconds.total for _, choice in curve]
     times.plot(xs, ys, marker="o", label="best layout")
     times.plot(xs, [ys[0] * xs[0] / n for n in xs], "--", color="grey", label="ideal")
-    times.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="seconds a step")
+    times.set(yscale="log", xlabel="GPUs", ylabel="seconds a step")
     shares = {
         "compute": [c.seconds.compute / c.seconds.total for _, c in curve],
         "memory": [(c.seconds.memory + c.seconds.optimiser) / c.seconds.total for _, c in curve],
@@ -47,12 +47,14 @@ def draw(job: Job, hardware: Hardware, most: int, path: Path) -> None:
         "exposed communication": [c.seconds.exposed / c.seconds.total for _, c in curve],
     }
     parts.stackplot(xs, list(shares.values()), labels=list(shares))
-    parts.set(xscale="log", xlabel="GPUs", ylabel="share of the step", ylim=(0, 1))
+    parts.set(xlabel="GPUs", ylabel="share of the step", ylim=(0, 1))
     memory.plot(xs, [c.memory.total / GIB for _, c in curve], marker="o", label="needed")
     memory.axhline(hardware.usable / GIB, linestyle="--", color="grey", label="usable")
-    memory.set(xscale="log", xlabel="GPUs", ylabel="GiB on each GPU", ylim=(0, None))
+    memory.set(xlabel="GPUs", ylabel="GiB on each GPU", ylim=(0, None))
+    shown = [n for n in xs if n == xs[0] or (n & (n - 1) == 0 and n.bit_length() % 2)]
     for panel in (times, parts, memory):
         panel.set_xscale("log", base=2)
+        panel.set_xticks(shown, [str(n) for n in shown])
         panel.legend(fontsize=8)
         panel.grid(alpha=0.3)
     what = "training" if job.training else "inference"
