@@ -82,7 +82,7 @@ def _line(number: int, choice: Choice, found: Found) -> str:
         duration(total),
         *(f"{part / total:.0%}" for part in (times.compute, times.memory, times.exposed)),
         f"{peak:.0%}",
-        f"{choice.memory.total / GIB:.1f}",
+        f"{choice.memory.total / GIB:.3g}",
         last,
     )
 
@@ -100,7 +100,7 @@ def _seconds(times: Seconds) -> str:
 
 def _memory(memory: Memory) -> str:
     parts = [(getattr(memory, name), name) for name in PARTS]
-    return ", ".join(f"{name} {value / GIB:.1f}" for value, name in parts if value) + " GiB"
+    return ", ".join(f"{name} {value / GIB:.3g}" for value, name in parts if value) + " GiB"
 
 
 def comparison(rows: "Sequence[Comparison]") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from operator import attrgetter
 
 from hunyuan_fast.planning.hardware import Hardware
@@ -20,7 +21,12 @@ from hunyuan_fast.planning.links import (
     reduce_seconds,
 )
 from hunyuan_fast.planning.memory import OPTIMISER_BYTES, local_parameters, rows_of
-from hunyuan_fast.planning.traffic import GRADIENT_BYTES, tensor_parallel_collectives, ulysses_bytes
+from hunyuan_fast.planning.traffic import (
+    GRADIENT_BYTES,
+    ring_attention_bytes,
+    tensor_parallel_collectives,
+    ulysses_bytes,
+)
 from hunyuan_fast.planning.work import (
     BACKWARD,
     FORWARD,
@@ -233,8 +239,10 @@ class Clock:
             return 0.0, 0.0
         job, ring = self.job, layout.ring
         group = ring_group(layout)
-        elements = -(-job.tokens // ring) * self._heads(layout) * job.config.head_dim
-        hop = hop_seconds(2 * elements * job.weight_bytes, group, self.hardware)
+        shard = (-(-job.tokens // ring), self._heads(layout), job.config.head_dim)
+        elements = prod(shard)
+        passed = ring_attention_bytes(1, *shard, job.weight_bytes, ring, backward=False)
+        hop = hop_seconds(passed / (ring - 1), group, self.hardware)
         merge = (ring - 1) * elements * MERGE_BYTES / self.hardware.memory_rate
         at_once = attention / ring
         if not backward:
