@@ -28,7 +28,8 @@ def output_paths(out: Path | None, count: int, suffix: str, *, stem: str) -> tup
         if out.is_dir():
             raise UsageError(f"-o must be a file name, got the directory {out}; add a name to it")
     if out.suffix.lower() != suffix:
-        what = {".mp4": "a video", ".png": "one frame"}.get(suffix, "attention windows")
+        kinds = {".mp4": "a video", ".png": "a picture", ".toml": "hardware"}
+        what = kinds.get(suffix, "attention windows")
         raise UsageError(f"-o must end in {suffix} for {what}, got {str(out)!r}")
     if count == 1:
         return (out,)

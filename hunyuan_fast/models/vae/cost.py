@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 
 import torch
 
 from hunyuan_fast.models.vae.config import VAEConfig
-from hunyuan_fast.models.vae.layers import Half, Layer, Size, layers_of, sizes_of
+from hunyuan_fast.models.vae.layers import Half, Layer, Size, flops_of, layers_of, sizes_of
 from hunyuan_fast.models.vae.strips import course, strips
 from hunyuan_fast.models.vae.workspace import Call, fuses_norm, workspace
 
@@ -77,18 +76,7 @@ class Ledger:
     @cached_property
     def flops(self) -> list[float]:
         """Additions and multiplications of every layer over the whole clip."""
-        return [self._flops(n) for n in range(self.last)]
-
-    def _flops(self, index: int) -> float:
-        layer, values = self.layers[index], prod(self.sizes[index + 1]) * 2.0
-        if layer.attends:
-            frames, height, width = self.sizes[index]
-            pairs = frames * (frames + 1) / 2 * (height * width) ** 2
-            return 4 * values * layer.inputs**2 + 4 * pairs * layer.inputs
-        # of the three taps along a doubled axis two are added up beforehand
-        taps = prod(2 if f == 2 else layer.kernel for f in layer.factor)
-        shortcut = self.layers[index - 1].inputs if layer.shortcut else 0
-        return values * layer.outputs * (taps * layer.inputs + shortcut)
+        return flops_of(self.layers, self.sizes)
 
     def work(self, start: int, length: int, *, given: bool, rows: Span | None = None) -> list[Work]:
         """What chunks of `length` frames take that go from `start` to each of the points after it.

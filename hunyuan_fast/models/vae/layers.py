@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from hunyuan_fast.models.vae.config import VAEConfig
@@ -132,3 +133,20 @@ def sizes_of(layers: tuple[Layer, ...], size: Size) -> list[Size]:
     for layer in layers:
         sizes.append(layer.size(sizes[-1]))
     return sizes
+
+
+def flops_of(layers: tuple[Layer, ...], sizes: list[Size]) -> list[float]:
+    """Additions and multiplications of every layer over a whole clip, whose sizes are given."""
+    return [_flops(layers, sizes, index) for index in range(len(layers))]
+
+
+def _flops(layers: tuple[Layer, ...], sizes: list[Size], index: int) -> float:
+    layer, values = layers[index], prod(sizes[index + 1]) * 2.0
+    if layer.attends:
+        frames, height, width = sizes[index]
+        pairs = frames * (frames + 1) / 2 * (height * width) ** 2
+        return 4 * values * layer.inputs**2 + 4 * pairs * layer.inputs
+    # of the three taps along a doubled axis two are added up beforehand
+    taps = prod(2 if f == 2 else layer.kernel for f in layer.factor)
+    shortcut = layers[index - 1].inputs if layer.shortcut else 0
+    return values * layer.outputs * (taps * layer.inputs + shortcut)
