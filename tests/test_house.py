@@ -33,6 +33,8 @@ LIMITS = {".py": 500, ".cuh": 600, ".h": 400, ".cpp": 400, ".cu": 400}
 FORBIDDEN = {"torchvision", "torchaudio", "torchcodec", "timm", "lpips", "open_clip"}
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 TORCH_HEADER = re.compile(r'#include\s*[<"](torch|ATen|c10)/')
+# What a merge leaves where it could not decide.
+UNMERGED = re.compile(r"^(<{7} |>{7} )", re.MULTILINE)
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 
 
@@ -254,12 +256,20 @@ def native_code_knows_no_torch(root: Path) -> list[str]:
     return [f"{at(path, root)} includes torch" for path in guilty]
 
 
+def nothing_is_left_unmerged(root: Path) -> list[str]:
+    sources = [path for path in root.glob("csrc/**/*") if path.is_file()]
+    pages = [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("Makefile")]
+    files = [*all_python_files(root), *sources, *pages]
+    guilty = [path for path in files if UNMERGED.search(path.read_text())]
+    return [f"{at(path, root)} holds marks of an unfinished merge" for path in guilty]
+
+
 RULES: tuple[Callable[[Path], list[str]], ...] = (
     *(rooms_are_complete, rooms_open_with_prose, implementations_have_their_names),
     *(references_need_torch_alone, imports_point_downstairs, native_module_has_few_doors),
     *(kernels_is_no_package_of_its_own, files_stay_small, forbidden_modules_stay_out),
     *(nothing_is_unpickled, nothing_foreign_is_run, public_names_are_documented),
-    *(nothing_is_left_unfinished, native_code_knows_no_torch),
+    *(nothing_is_left_unfinished, nothing_is_left_unmerged, native_code_knows_no_torch),
 )
 
 REFERENCE = '''"""Plain."""
@@ -318,6 +328,8 @@ PLANTED = [
     (nothing_is_left_unfinished, "csrc/scale/api.cpp", "// FIXME\n"),
     (nothing_is_left_unfinished, "hunyuan_fast/models/a.py", "try: f()\nexcept: pass\n"),
     (nothing_is_left_unfinished, "hunyuan_fast/a.py", "try: f()\nexcept Exception: pass\n"),
+    (nothing_is_left_unmerged, "docs/page.md", "<<<<<<< one\nx\n=======\ny\n>>>>>>> other\n"),
+    (nothing_is_left_unmerged, "csrc/scale/api.cpp", "x;\n>>>>>>> other\n"),
     (native_code_knows_no_torch, "csrc/scale/api.cpp", "#include <torch/extension.h>\n"),
 ]
 
