@@ -149,6 +149,25 @@ def traffic(ranks: int, sequence_parallel: bool) -> dict[str, tuple[int, int]]:
     }
 
 
+def kept_for_backward(ranks: int, sequence_parallel: bool) -> int:
+    """Bytes that a forward pass keeps, besides parameters."""
+    model = shared_transformer(ranks, sequence_parallel)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        alive.append(t)  # so that no address is used twice
+        return t
+
+    case = {"size": (4, 8, 16), "text_lengths": (16,), "text_length": 16}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        alive.append(model(**inputs_of(case, torch.float32)))
+    return sum(kept.values())
+
+
 def variants(ranks: int) -> dict[str, float]:
     """Differences from one process of models that were changed before or after being shared."""
     case, mesh = CASES[0], build_mesh(Layout(tp=ranks), "cpu")

@@ -116,6 +116,12 @@ def test_traffic(ranks: RankPool, ranks_of: int) -> None:
         assert [rank["forward"][1], rank["both"][1]] == [forward, 2 * forward + small]
 
 
+def test_divided_tokens_keep_less_for_backward(ranks: RankPool) -> None:
+    whole, divided = (max(ranks.run(4, cases.kept_for_backward, 4, sp)) for sp in (False, True))
+    # what layers read is gathered, and kept so; what lies between them is a quarter
+    assert divided < 0.82 * whole, (divided, whole)
+
+
 def test_variants(ranks: RankPool) -> None:
     for found in ranks.run(3, cases.variants, 3):
         assert max(found.values()) <= 1e-5, found
