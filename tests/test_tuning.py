@@ -10,7 +10,7 @@ import torch
 
 from hunyuan_fast import dispatch, ranking, tuning
 from hunyuan_fast.kernels.rope3d_attention import reference
-from hunyuan_fast.kernels.rope3d_attention.libraries import cpu_flash
+from hunyuan_fast.kernels.rope3d_attention.libraries import cpu_flash, cudnn
 from hunyuan_fast.kernels.rope3d_attention.problems import Problem, problems, read_shape
 from tests.ops import rope3d_attention_libraries as stand_ins
 
@@ -40,14 +40,14 @@ def measure(problem: Problem, monkeypatch, **candidates) -> ranking.Entry:
 def forward_of(change):
     """The reference's forward with another call, or another result."""
 
-    def forward(q, k, v, kv_len, scale, out=None):
-        return change(q, k, v, kv_len, scale)
+    def forward(q, k, v, kv_len, scale, out=None, q_len=None):
+        return change(q, k, v, kv_len, scale, out, q_len)
 
     return forward
 
 
 def scaled(factor):
-    return candidate(forward_of(lambda *a: reference.forward(*a[:4], a[4] * factor)))
+    return candidate(forward_of(lambda *a: reference.forward(*a[:4], a[4] * factor, *a[5:])))
 
 
 def results(change):
@@ -67,10 +67,11 @@ def one_row(x):
 def lengths(change):
     return candidate(
         forward_of(
-            lambda q, k, v, kv_len, scale: reference.forward(
+            lambda q, k, v, kv_len, scale, *own: reference.forward(
                 *(x.nan_to_num() for x in (q, k, v)),
-                change(kv_len, q.shape[1]),
+                change(kv_len, k.shape[1]),
                 scale,
+                *own,
             )
         )
     )
@@ -81,6 +82,15 @@ WRONG = {
     "padding seen": lengths(lambda n, _: None),
     "a key too many": lengths(lambda n, most: (n + 1).clamp(max=most)),
     "a key too few": lengths(lambda n, most: (n - 1).clamp(min=0)),
+    "all queries of their own": candidate(
+        forward_of(
+            lambda q, k, v, *a: reference.forward(
+                *(x.nan_to_num() for x in (q, k, v)),
+                *a[:3],
+                None if a[3] is None else torch.full_like(a[3], q.shape[1]),
+            )
+        )
+    ),
     "padding not zero": results(lambda out, lse: (out.masked_fill(out == 0, 1e-3), lse)),
     "logarithms of 2": results(lambda out, lse: (out, lse * 1.4427)),
     "a finite log-sum-exp of nothing": results(lambda out, lse: (out, lse.nan_to_num(neginf=-9e9))),
@@ -116,6 +126,8 @@ def test_kernels_that_round_probabilities_agree(monkeypatch):
     stand_ins.install(monkeypatch)
     for library in stand_ins.LIBRARIES:
         monkeypatch.setattr(library, "supports", lambda *_: None)
+    declined = "no q_len"  # and tried on everything else
+    monkeypatch.setattr(cudnn, "supports", lambda *args: declined if len(args) > 6 else None)
     found = {library.__name__: library for library in stand_ins.LIBRARIES}
     entry = measure(replace(PADDED, dtype=BF16), monkeypatch, **found)
     assert set(entry.ms) == set(found), entry.declined

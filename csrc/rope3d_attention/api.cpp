@@ -43,39 +43,63 @@ float* sums(TensorView const& t, Sizes const& sizes) {
     return t.as<float>();
 }
 
-// Valid tokens of each sample; all of them where no lengths are given.
-std::vector<int64_t> lengths_of(TensorView const& kv_len, Sizes const& sizes) {
-    std::vector<int64_t> lengths(size_t(sizes.B), sizes.L);
-    if (!kv_len.given()) return lengths;
-    HUNYUAN_CHECK(kv_len.dtype == DType::i32 || kv_len.dtype == DType::i64, "kv_len must be int32 or int64, got ",
-                  name_of(kv_len.dtype));
-    HUNYUAN_CHECK(kv_len.device == kHost && kv_len.ndim == 1 && kv_len.size[0] == sizes.B,
-                  "kv_len must be (B,) in host memory, got ", kv_len.shape());
-    for (int64_t b = 0; b < sizes.B; ++b) {
-        int64_t const at = b * kv_len.stride[0];
-        int64_t const length = kv_len.dtype == DType::i32 ? kv_len.as<int32_t>()[at] : kv_len.as<int64_t>()[at];
-        HUNYUAN_CHECK(length >= 0 && length <= sizes.L, "kv_len must lie in [0, L] = [0, ", sizes.L, "], got ", length);
+// Valid tokens of each of B samples; all L of them where no numbers are given.
+std::vector<int64_t> lengths_of(TensorView const& given, char const* name, int64_t B, int64_t L) {
+    std::vector<int64_t> lengths(size_t(B), L);
+    if (!given.given()) return lengths;
+    HUNYUAN_CHECK(given.dtype == DType::i32 || given.dtype == DType::i64, name, " must be int32 or int64, got ",
+                  name_of(given.dtype));
+    HUNYUAN_CHECK(given.device == kHost && given.ndim == 1 && given.size[0] == B, name,
+                  " must be (B,) in host memory, got ", given.shape());
+    for (int64_t b = 0; b < B; ++b) {
+        int64_t const at = b * given.stride[0];
+        int64_t const length = given.dtype == DType::i32 ? given.as<int32_t>()[at] : given.as<int64_t>()[at];
+        HUNYUAN_CHECK(length >= 0 && length <= L, name, " must lie in [0, L] = [0, ", L, "], got ", length);
         lengths[size_t(b)] = length;
     }
     return lengths;
 }
 
-void fill(Inputs& p, Sizes const& sizes, TensorView const& q, TensorView const& k, TensorView const& v,
-          std::vector<int64_t> const& lengths, double scale) {
+// Valid keys and queries of each sample; where there are none of one, none of the other.
+struct Lengths {
+    std::vector<int64_t> keys;
+    std::vector<int64_t> own;  // queries, where those are not the tokens of the keys
+
+    Lengths(TensorView const& kv_len, TensorView const& q_len, Sizes const& sizes, int64_t num_keys)
+        : keys(lengths_of(kv_len, "kv_len", sizes.B, num_keys)) {
+        if (!q_len.given()) return;
+        own = lengths_of(q_len, "q_len", sizes.B, sizes.L);
+        for (size_t b = 0; b < own.size(); ++b) {
+            if (own[b] == 0 || keys[b] == 0) own[b] = keys[b] = 0;
+        }
+    }
+    int64_t const* queries() const { return own.empty() ? keys.data() : own.data(); }
+};
+
+int64_t keys_of(TensorView const& k, TensorView const& q_len, Sizes const& sizes) {
+    return q_len.given() && k.ndim == 4 ? k.size[1] : sizes.L;
+}
+
+void fill(Inputs& p, Sizes const& sizes, int64_t keys, TensorView const& q, TensorView const& k, TensorView const& v,
+          Lengths const& lengths, double scale) {
     p.sizes = sizes;
+    p.keys = keys;
     p.scale = float(scale);
-    p.lengths = lengths.data();
+    p.lengths = lengths.keys.data();
+    p.queries = lengths.queries();
     p.q = heads(q, "q", q.dtype, sizes);
-    p.k = heads(k, "k", q.dtype, sizes);
-    p.v = heads(v, "v", q.dtype, sizes);
+    p.k = heads(k, "k", q.dtype, p.key_sizes());
+    p.v = heads(v, "v", q.dtype, p.key_sizes());
 }
 
 void forward_host(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const& kv_len,
-                  double scale, TensorView const& out, TensorView const& lse, int num_threads) {
+                  TensorView const& q_len, double scale, TensorView const& out, TensorView const& lse,
+                  int num_threads) {
     auto const sizes = sizes_of(q);
-    auto const lengths = lengths_of(kv_len, sizes);
+    int64_t const keys = keys_of(k, q_len, sizes);
+    Lengths const lengths(kv_len, q_len, sizes, keys);
     ForwardParams p;
-    fill(p, sizes, q, k, v, lengths, scale);
+    fill(p, sizes, keys, q, k, v, lengths, scale);
     p.out = heads(out, "out", q.dtype, sizes);
     p.lse = sums(lse, sizes);
     prefer_huge_pages(out);
@@ -83,18 +107,19 @@ void forward_host(TensorView const& q, TensorView const& k, TensorView const& v,
 }
 
 void backward_host(TensorView const& dout, TensorView const& out, TensorView const& lse, TensorView const& q,
-                   TensorView const& k, TensorView const& v, TensorView const& kv_len, double scale,
-                   TensorView const& dq, TensorView const& dk, TensorView const& dv, int num_threads) {
+                   TensorView const& k, TensorView const& v, TensorView const& kv_len, TensorView const& q_len,
+                   double scale, TensorView const& dq, TensorView const& dk, TensorView const& dv, int num_threads) {
     auto const sizes = sizes_of(q);
-    auto const lengths = lengths_of(kv_len, sizes);
+    int64_t const keys = keys_of(k, q_len, sizes);
+    Lengths const lengths(kv_len, q_len, sizes, keys);
     BackwardParams p;
-    fill(p, sizes, q, k, v, lengths, scale);
+    fill(p, sizes, keys, q, k, v, lengths, scale);
     p.dout = heads(dout, "dout", q.dtype, sizes);
     p.out = heads(out, "out", q.dtype, sizes);
     p.lse = sums(lse, sizes);
     p.dq = heads(dq, "dq", q.dtype, sizes);
-    p.dk = heads(dk, "dk", q.dtype, sizes);
-    p.dv = heads(dv, "dv", q.dtype, sizes);
+    p.dk = heads(dk, "dk", q.dtype, p.key_sizes());
+    p.dv = heads(dv, "dv", q.dtype, p.key_sizes());
     for (TensorView const* each : {&dq, &dk, &dv}) prefer_huge_pages(*each);
     backward_cpu(q.dtype, p, num_threads);
 }

@@ -30,12 +30,12 @@ CpuKernels const& kernels(DType dtype) {
     }
 }
 
-// Samples by falling length: what takes longest comes first.
+// Samples by falling number of scores: what takes longest comes first, and what takes no time last.
 std::vector<int64_t> longest_first(Inputs const& p) {
     std::vector<int64_t> samples(size_t(p.sizes.B));
     for (size_t b = 0; b < samples.size(); ++b) samples[b] = int64_t(b);
     std::stable_sort(samples.begin(), samples.end(),
-                     [&](int64_t a, int64_t b) { return p.lengths[a] > p.lengths[b]; });
+                     [&](int64_t a, int64_t b) { return p.lengths[a] * p.queries[a] > p.lengths[b] * p.queries[b]; });
     return samples;
 }
 
@@ -44,10 +44,10 @@ std::vector<Block> blocks_of(ForwardParams const& p, CpuKernels const& kernel, i
     Tiles const most = kernel.forward_tiles(p.sizes.D);
     int64_t const heads = p.sizes.B * p.sizes.N;
     for (int64_t b : longest_first(p)) {
-        int64_t const length = p.lengths[b];
+        int64_t const length = p.queries[b];
         if (length == 0) break;
         int64_t const queries = queries_per_block(length, most.queries, heads, std::max(num_threads, 1));
-        int64_t const keys = even_part(length, most.keys, 32);
+        int64_t const keys = even_part(p.lengths[b], most.keys, 32);
         for (int64_t n = 0; n < p.sizes.N; ++n) {
             for (int64_t first = 0; first < length; first += queries) {
                 blocks.push_back({b, n, first, std::min(queries, length - first), keys});
@@ -63,13 +63,13 @@ struct Plan {
     int64_t dq_floats;  // of one head
 };
 
-Plan plan_of(int64_t length, int64_t D, CpuKernels const& kernel) {
+Plan plan_of(int64_t keys, int64_t queries, int64_t D, CpuKernels const& kernel) {
     Tiles const most = kernel.backward_tiles(D);
     Plan plan;
-    plan.keys = even_part(length, most.keys, 8);
-    plan.chunks = parts_of(length, plan.keys);
-    plan.queries = even_part(length, most.queries, kRows);
-    plan.tiles = parts_of(length, plan.queries);
+    plan.keys = even_part(keys, most.keys, 8);
+    plan.chunks = parts_of(keys, plan.keys);
+    plan.queries = even_part(queries, most.queries, kRows);
+    plan.tiles = parts_of(queries, plan.queries);
     plan.dq_floats = plan.chunks > 1 ? plan.tiles * plan.queries * kernel.padded(D) : 0;
     return plan;
 }
@@ -117,9 +117,13 @@ void run_heads(BackwardParams const& p, CpuKernels const& kernel, std::vector<He
 }
 
 void clear_padding(BackwardParams const& p, int64_t element, int num_threads) {
-    if (std::all_of(p.lengths, p.lengths + p.sizes.B, [&](int64_t length) { return length == p.sizes.L; })) return;
+    auto const all = [&](int64_t const* lengths, int64_t whole) {
+        return std::all_of(lengths, lengths + p.sizes.B, [&](int64_t length) { return length == whole; });
+    };
+    if (all(p.lengths, p.keys) && all(p.queries, p.sizes.L)) return;
     parallel_for(p.sizes.B, 1, num_threads, [&](int64_t b, int64_t) {
-        for (Heads const* x : {&p.dq, &p.dk, &p.dv}) clear_rows(*x, p.sizes, b, p.lengths[b], element);
+        clear_rows(p.dq, p.sizes, b, p.queries[b], element);
+        for (Heads const* x : {&p.dk, &p.dv}) clear_rows(*x, p.key_sizes(), b, p.lengths[b], element);
     });
 }
 
@@ -143,7 +147,7 @@ void forward_cpu(DType dtype, ForwardParams const& p, int num_threads) {
     // after the blocks the padding of each sample
     run_with_room(count + p.sizes.B, floats, num_threads, [&](int64_t i, float* room) {
         if (i < count) return kernel.forward(p, blocks[size_t(i)], room);
-        int64_t const b = i - count, length = p.lengths[b];
+        int64_t const b = i - count, length = p.queries[b];
         clear_rows(p.out, p.sizes, b, length, element_size(dtype));
         for (int64_t n = 0; n < p.sizes.N; ++n) {
             float* const lse = p.lse + (b * p.sizes.N + n) * p.sizes.L;
@@ -159,7 +163,7 @@ void backward_cpu(DType dtype, BackwardParams const& p, int num_threads) {
     int64_t bytes = 0;
     for (int64_t b : longest_first(p)) {
         if (p.lengths[b] == 0) break;
-        Plan const plan = plan_of(p.lengths[b], p.sizes.D, kernel);
+        Plan const plan = plan_of(p.lengths[b], p.queries[b], p.sizes.D, kernel);
         int64_t const more = plan.dq_floats * int64_t(sizeof(float));
         for (int64_t n = 0; n < p.sizes.N; ++n) {
             if (bytes + more > kMostBytes && int64_t(heads.size()) >= num_threads) {

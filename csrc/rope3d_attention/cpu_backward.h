@@ -139,6 +139,10 @@ inline void pack_queries(BackwardParams const& p, Chunk const& chunk, int64_t fi
     pack_depth(T{}, dout, room.dout_depth);
     float const* const lse = p.lse + (chunk.b * p.sizes.N + chunk.n) * p.sizes.L + first;
     for (int64_t i = 0; i < room.rows; ++i) room.known.lse[i] = i < count ? lse[i] : 0.0f;
+    // a row that has seen no key has no probabilities
+    for (int64_t i = 0; i < count; ++i) {
+        if (lse[i] == -__builtin_inff()) room.known.lse[i] = __builtin_inff();
+    }
     for (int64_t i = 0; i < count; i += kLanes) store_as(room.known.delta + i, dots(T{}, dout, out, i));
 }
 
@@ -161,7 +165,7 @@ inline void add_to_dq(BackwardParams const& p, Chunk const& chunk, int64_t tile,
 
 template <class T>
 void backward(BackwardParams const& p, Chunk const& chunk, float* memory) {
-    int64_t const D = p.sizes.D, queries = p.lengths[chunk.b], words = words_of<T>(D);
+    int64_t const D = p.sizes.D, queries = p.queries[chunk.b], words = words_of<T>(D);
     Room whole(memory);
     BackwardRoom<T> const room(whole, D, chunk.queries_at_once, chunk.count);
     auto const k = tokens_of<T>(p.k, chunk.b, chunk.n, chunk.first, chunk.count, D);

@@ -20,13 +20,19 @@ struct Heads {
     int64_t stride_n = 0;
 };
 
+// Queries are tokens of their own where `keys` is not `sizes.L`, or `queries` not `lengths`. In a sample either none of
+// both take part, or some of each.
 struct Inputs {
-    Sizes sizes;
+    Sizes sizes;                       // of q, and of what is like it
+    int64_t keys = 0;                  // L of k, v and their gradients
     float scale = 0;
-    int64_t const* lengths = nullptr;  // (B,): valid tokens of each sample
+    int64_t const* lengths = nullptr;  // (B,): valid keys of each sample
+    int64_t const* queries = nullptr;  // (B,): valid queries
     Heads q;
     Heads k;
     Heads v;
+
+    Sizes key_sizes() const { return {sizes.B, keys, sizes.N, sizes.D}; }
 };
 
 struct ForwardParams : Inputs {

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hunyuan_fast.ops.context_attention import SharedTokens
 from hunyuan_fast.ops.fp8_attention import fp8_attention
 from hunyuan_fast.ops.norm_rope_attention import norm_rope_attention
 from hunyuan_fast.ops.qk_norm_rope import qk_norm_rope
@@ -43,7 +44,8 @@ class JointAttention(nn.Module):
     ``HunyuanVideoTransformer.set_attention`` does so for all blocks.
 
     q, k, v: (B, L, N, D), video tokens before text tokens
-    kv_len: (B,), valid tokens of each sample
+    kv_len: (B,), valid tokens of each sample; or where the tokens of several processes lie, of
+        which q, k and v are those of this one
     out: (B, L, N, D) to write into, of any strides; inference only
     returns: (B, L, N, D), zero in the rows from kv_len on
     """
@@ -58,8 +60,17 @@ class JointAttention(nn.Module):
         self.register_buffer("windows", None, persistent=False)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, out: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_len: Tensor | SharedTokens,
+        out: Tensor | None = None,
     ) -> Tensor:
+        if isinstance(kv_len, SharedTokens):
+            check_shareable(self.precision, self.pattern)
+            attended = kv_len.attend(q, k, v)
+            return attended if out is None else out.copy_(attended)
         if self.precision == "fp8":
             return fp8_attention(q, k, v, kv_len=kv_len, out=out)
         pattern = self.pattern
@@ -73,7 +84,7 @@ class JointAttention(nn.Module):
         qkv: Tensor,
         norms: tuple[Tensor, Tensor],
         rotary: tuple[Tensor, Tensor],
-        kv_len: Tensor,
+        kv_len: Tensor | SharedTokens,
         *,
         num_heads: int,
         text_qkv: Tensor | None = None,
@@ -93,8 +104,8 @@ class JointAttention(nn.Module):
         }
         # hooks are for queries, keys and values
         watched = self._forward_hooks or self._forward_pre_hooks
-        plain = self.precision == "same" and self.pattern is None
-        if plain and not watched and not torch.is_grad_enabled():
+        plain = self.precision == "same" and self.pattern is None and not watched
+        if plain and not torch.is_grad_enabled() and not isinstance(kv_len, SharedTokens):
             return norm_rope_attention(qkv, *norms, *rotary, kv_len=kv_len, out=out, **heads)
         return self(*qk_norm_rope(qkv, *norms, *rotary, **heads), kv_len, out)
 
@@ -139,6 +150,23 @@ def check_precision(precision: str) -> str:
         choices = " or ".join(repr(name) for name in PRECISIONS)
         raise ValueError(f"attention precision must be {choices}, got {precision!r}")
     return precision
+
+
+def check_shareable(precision: str | None, pattern: object) -> None:
+    """Raise ValueError for attention that several processes with one video do not have.
+
+    ``None`` is for no choice.
+    """
+    if precision not in (None, "same"):
+        raise ValueError(
+            "attention precision must be 'same' where processes share the tokens of a video "
+            f"(cp > 1), got {precision!r}"
+        )
+    if pattern is not None and pattern != "dense":
+        raise ValueError(
+            "attention must be 'dense', without windows, where processes share the tokens of a "
+            "video (cp > 1)"
+        )
 
 
 def _attended(

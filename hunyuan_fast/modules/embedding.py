@@ -14,7 +14,7 @@ Grid = tuple[int, int, int]
 class PatchEmbedding(nn.Module):
     """A strided convolution that cuts the latent video into patches and projects each to one token.
 
-    latents: (B, C, T, H, W)
+    latents: (B, C, T, H, W)    tokens: which ones to return, of L
     returns: (B, L, E), L = (T / pt) * (H / ph) * (W / pw), time slowest, width fastest
 
     Patches do not overlap, so this is one matrix product, and written as one: it costs the same and
@@ -26,8 +26,8 @@ class PatchEmbedding(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        patches = patchify(latents.to(self.proj.weight.dtype), self.patch_size)
+    def forward(self, latents: Tensor, tokens: slice = slice(None)) -> Tensor:
+        patches = patchify(latents.to(self.proj.weight.dtype), self.patch_size)[:, tokens]
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 

@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q, k and v are (B, L, N, D) of one shape, dtype and device."""
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, q_len: Tensor | None = None) -> None:
+    """q, k and v are (B, L, N, D) of one dtype and device, and of one shape.
+
+    With q_len, queries are those of other tokens than the keys: L may be another one.
+    """
     if q.dim() != 4:
         raise ValueError(f"q must be (B, L, N, D), got shape {tuple(q.shape)}")
+    shape = q.shape if q_len is None else _shape_of_keys(q, k, q_len)
     for name, x in (("k", k), ("v", v)):
-        if x.shape != q.shape:
+        if x.shape != shape:
+            of_whom = "q" if q_len is None or name == "k" else "k"
             raise ValueError(
-                f"{name} must have the shape of q, {tuple(q.shape)}, got {tuple(x.shape)}"
+                f"{name} must have the shape of {of_whom}, {tuple(shape)}, got {tuple(x.shape)}"
             )
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}; cast it")
@@ -22,27 +27,36 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
     if not q.is_floating_point():
         raise TypeError(f"q must hold floating-point numbers, got {q.dtype}")
-    if q.shape[-1] == 0:
+    if shape[-1] == 0:
         raise ValueError(f"the head dimension D must be at least 1, got shape {tuple(q.shape)}")
 
 
-def check_kv_len(kv_len: Tensor, q: Tensor) -> None:
+def _shape_of_keys(q: Tensor, k: Tensor, q_len: Tensor) -> torch.Size:
+    """That of q, with as many tokens as k has."""
+    if k.dim() != 4:
+        raise ValueError(f"k must be (B, L, N, D), got shape {tuple(k.shape)}")
+    check_kv_len(q_len, q, "q_len")
+    batch, _, *heads = q.shape
+    return torch.Size((batch, k.shape[1], *heads))
+
+
+def check_kv_len(kv_len: Tensor, q: Tensor, name: str = "kv_len") -> None:
     """One length for each sample, beside q."""
     if kv_len.shape != q.shape[:1]:
-        raise ValueError(f"kv_len must be (B,) = ({q.shape[0]},), got shape {tuple(kv_len.shape)}")
+        raise ValueError(f"{name} must be (B,) = ({q.shape[0]},), got shape {tuple(kv_len.shape)}")
     if kv_len.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"kv_len must be int32 or int64, got {kv_len.dtype}")
+        raise TypeError(f"{name} must be int32 or int64, got {kv_len.dtype}")
     if kv_len.device != q.device:
-        raise ValueError(f"kv_len must be on the device of q, {q.device}, got {kv_len.device}")
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {kv_len.device}")
 
 
-def check_lengths(kv_len: Tensor | None, length: int) -> None:
+def check_lengths(kv_len: Tensor | None, length: int, name: str = "kv_len") -> None:
     """Lengths within the sequence; those on a GPU are not looked at, the host would wait."""
     if kv_len is None or kv_len.device.type != "cpu":
         return
     lengths = kv_len.tolist()
     if not all(0 <= n <= length for n in lengths):
-        raise ValueError(f"kv_len must lie in [0, L] = [0, {length}], got {lengths}")
+        raise ValueError(f"{name} must lie in [0, L] = [0, {length}], got {lengths}")
 
 
 def check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:

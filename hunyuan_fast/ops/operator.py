@@ -28,7 +28,8 @@ _dispatch_modes, _function_modes, _transforms, _tracing, _profiled = (
     getattr(module, name, lambda: True) for module, name in _SIGNS
 )
 # What stands for nothing but itself, besides Tensor and Parameter: no subclass, nothing symbolic.
-_PLAIN = frozenset({type(None), int, float, bool, torch.dtype})
+# A tuple is one of numbers: no schema here has a list of tensors.
+_PLAIN = frozenset({type(None), int, float, bool, str, tuple, torch.dtype})
 
 
 def define(

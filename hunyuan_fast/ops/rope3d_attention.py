@@ -30,6 +30,7 @@ def attention(
     v: Tensor,
     *,
     kv_len: Tensor | None = None,
+    q_len: Tensor | None = None,
     scale: float | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
@@ -41,30 +42,38 @@ def attention(
     kv_len: (B,) int32 or int64, the number of valid tokens of each sample, 0 to L; ``None``: all.
         Tokens past it take no part: their outputs and gradients are zero, and what they hold, NaN
         included, has no effect.
+    q_len: (B,) as kv_len: queries of their own, which ask the keys of other tokens. q is then
+        (B, Lq, N, D) beside k and v (B, Lk, N, D), and of a sample the first ``q_len`` queries see
+        the first ``kv_len`` keys. Rows past ``q_len`` are padding as above; so are all rows of a
+        sample without keys. ``None``: queries are those of the tokens of the keys.
     scale: factor of the scores, 1/sqrt(D) when ``None``.
     out: (B, L, N, D) to write into, of any strides (a view beside other results, say), sharing
         no memory with q, k or v; inference only.
     return_lse: also return the natural log-sum-exp of the scaled scores, (B, N, L) fp32 (fp64 for
-        fp64 inputs), -inf past ``kv_len``. It carries no gradient.
+        fp64 inputs), -inf for padding. It carries no gradient.
     pattern: who sees whom among the valid tokens, ``SlidingTiles(...)``; ``None``: everybody.
 
     Returns (B, L, N, D), or that and the log-sum-exp.
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and ValueError for
-    lengths outside [0, L] (lengths on a GPU are not looked at: the host would have to wait).
+    lengths outside [0, L] (lengths on a GPU are not looked at: the host would have to wait) and
+    for a pattern beside ``q_len``.
     """
     if pattern is not None:
+        if q_len is not None:
+            raise ValueError("q_len is for attention without a pattern: leave one of them out")
         options: dict[str, Any] = {"kv_len": kv_len, "scale": scale, "out": out}
         return pattern.attend(q, k, v, **options, return_lse=return_lse)
-    check_tensors(q, k, v)
+    check_tensors(q, k, v, q_len)
     if kv_len is not None:
         check_kv_len(kv_len, q)
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    own = () if q_len is None else (q_len,)
     if out is None:
-        out, lse = _forward(q, k, v, kv_len, scale)
+        out, lse = _forward(q, k, v, kv_len, scale, *own)
     else:
         check_out(out, q, k, v)
-        lse = _forward_out(q, k, v, kv_len, scale, out)
+        lse = _forward_out(q, k, v, kv_len, scale, out, *own)
     return (out, lse) if return_lse else out
 
 
@@ -107,10 +116,23 @@ def rope3d_attention(
 
 
 def _forward_kernel(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_lengths(kv_len, q.shape[1])
-    return select(_ROOM, q, k, v, kv_len, scale).forward(q, k, v, kv_len, scale)
+    check_lengths(kv_len, k.shape[1])
+    if q_len is None:
+        return select(_ROOM, q, k, v, kv_len, scale).forward(q, k, v, kv_len, scale)
+    return _own_queries(q, k, v, kv_len, scale, None, q_len)
+
+
+def _own_queries(*args: Any) -> tuple[Tensor, Tensor]:
+    q, *_, q_len = args
+    check_lengths(q_len, q.shape[1], "q_len")
+    return select(_ROOM, *args).forward(*args)
 
 
 def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -118,25 +140,33 @@ def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, kv_len, ctx.scale = inputs
+    q, k, v, kv_len, ctx.scale, *own = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(out, lse, q, k, v, kv_len)
+    ctx.save_for_backward(out, lse, q, k, v, kv_len, *own)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return None, None, None, None, None
-    return *_backward(dout, *ctx.saved_tensors, ctx.scale), None, None
+        return None, None, None, None, None, None
+    out, lse, q, k, v, kv_len, *own = ctx.saved_tensors
+    return *attention_backward(dout, out, lse, q, k, v, kv_len, ctx.scale, *own), None, None, None
 
 
 def _out_kernel(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor,
+    q_len: Tensor | None = None,
 ) -> Tensor:
-    check_lengths(kv_len, q.shape[1])
-    _, lse = select(_ROOM, q, k, v, kv_len, scale, out).forward(q, k, v, kv_len, scale, out)
-    return lse
+    check_lengths(kv_len, k.shape[1])
+    if q_len is None:
+        return select(_ROOM, q, k, v, kv_len, scale, out).forward(q, k, v, kv_len, scale, out)[1]
+    return _own_queries(q, k, v, kv_len, scale, out, q_len)[1]
 
 
 def _fake_out(q: Tensor, *_: Any) -> Tensor:
@@ -152,6 +182,10 @@ def _new_lse(q: Tensor) -> Tensor:
 def _backward_kernel(
     dout: Tensor, out: Tensor, lse: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if len(args) > _PLAIN and args[_PLAIN] is not None:
+        impl = select(_ROOM, *args[:_PLAIN], None, *args[_PLAIN:])
+        return impl.backward(dout, out, lse, *args)
+    args = args[:_PLAIN]
     return select(_ROOM, *args).backward(dout, out, lse, *args)
 
 
@@ -162,18 +196,23 @@ def _fake_backward(
 
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? kv_len, float scale"
+_PLAIN = 5  # so many
+# Last and with a default: a call without it is not longer than it has to be.
+_OWN = "Tensor? q_len=None"
 _forward = define(
-    f"attention({_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"attention({_ARGUMENTS}, {_OWN}) -> (Tensor, Tensor)",
     _forward_kernel,
     _fake_forward,
     save=_save,
     gradients=_gradients,
 )
 _forward_out = define(
-    f"attention_out({_ARGUMENTS}, Tensor(a!) out) -> Tensor", _out_kernel, _fake_out
+    f"attention_out({_ARGUMENTS}, Tensor(a!) out, {_OWN}) -> Tensor", _out_kernel, _fake_out
 )
-_backward = define(
-    f"attention_bwd(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+# What ring attention, which computes in parts, calls itself.
+attention_backward = define(
+    f"attention_bwd(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}, {_OWN})"
+    " -> (Tensor, Tensor, Tensor)",
     _backward_kernel,
     _fake_backward,
     gradients=refuse_second_derivative("attention"),

@@ -16,7 +16,13 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def supports(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> str | None:
     """None, or why the C++ kernels cannot answer this call."""
     if q.device.type != "cpu":
@@ -32,7 +38,13 @@ def prefers(arch: str, q: Tensor, *_: object) -> str | None:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L)."""
     batch, length, num_heads, _ = q.shape
@@ -40,7 +52,7 @@ def forward(
     result = torch.empty(q.shape, dtype=q.dtype) if out is None or out.stride(-1) != 1 else out
     if q.numel():
         _C.rope3d_attention_forward_cpu(
-            *map(_rows, (q, k, v)), kv_len, scale, result, lse, torch.get_num_threads()
+            *map(_rows, (q, k, v)), kv_len, q_len, scale, result, lse, torch.get_num_threads()
         )
     if out is None or out is result:
         return result, lse
@@ -56,22 +68,16 @@ def backward(
     v: Tensor,
     kv_len: Tensor | None,
     scale: float,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, L, N, D)."""
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
-    if q.numel():
-        _C.rope3d_attention_backward_cpu(
-            _rows(dout),
-            _rows(out),
-            lse.contiguous(),
-            *map(_rows, (q, k, v)),
-            kv_len,
-            scale,
-            dq,
-            dk,
-            dv,
-            torch.get_num_threads(),
-        )
+    """Gradients like q, k and v."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=q.dtype) for x in (q, k, v))
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_()
+    _C.rope3d_attention_backward_cpu(
+        *(_rows(dout), _rows(out), lse.contiguous(), *map(_rows, (q, k, v)), kv_len, q_len, scale),
+        *(dq, dk, dv, torch.get_num_threads()),
+    )
     return dq, dk, dv
 
 

@@ -26,9 +26,17 @@ _FAR = 2**31 - 2**10  # elements, counted in 31 bits
 
 
 def supports(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> str | None:
     """None, or why the CUDA kernel cannot answer this call."""
+    if q_len is not None:
+        return "queries must be those of the tokens of the keys, without q_len"
     if q.dtype not in _DTYPES:
         return f"q must be bfloat16 or float16, it is {q.dtype}"
     batch, length, num_heads, head_dim = q.shape
@@ -56,6 +64,7 @@ def forward(
     kv_len: Tensor | None,
     scale: float,
     out: Tensor | None = None,
+    q_len: Tensor | None = None,
     *,
     key_tile: int = _KEY_TILE,
     cluster: int | None = None,
@@ -153,8 +162,9 @@ def backward(
     v: Tensor,
     kv_len: Tensor | None,
     scale: float,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, L, N, D)."""
+    """Gradients like q, k and v."""
     rows = [x if _is_aligned(x) else x.clone(memory_format=_CONTIGUOUS) for x in (dout, out)]
     inputs = [x if _is_aligned(x) else x.clone(memory_format=_CONTIGUOUS) for x in (q, k, v)]
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))

@@ -14,19 +14,31 @@ VERIFIED_ON = cpu_flash.VERIFIED_ON | flash.VERIFIED_ON
 
 
 def supports(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> str | None:
     """``None`` when torch has a kernel for these tensors, else the reason."""
     if q.device.type not in ("cpu", "cuda"):
         return f"torch brings attention kernels for cpu and cuda, got {q.device.type}"
-    return kernel(q).supports(q, k, v, kv_len, scale, out)
+    return kernel(q).supports(q, k, v, kv_len, scale, out, q_len)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L)."""
-    return kernel(q).forward(q, k, v, kv_len, scale, out)
+    return kernel(q).forward(q, k, v, kv_len, scale, out, q_len)
 
 
 def backward(
@@ -38,9 +50,10 @@ def backward(
     v: Tensor,
     kv_len: Tensor | None,
     scale: float,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, L, N, D)."""
-    return kernel(q).backward(dout, out, lse, q, k, v, kv_len, scale)
+    """Gradients like q, k and v."""
+    return kernel(q).backward(dout, out, lse, q, k, v, kv_len, scale, q_len)
 
 
 def kernel(q: Tensor, *_: object) -> ModuleType:

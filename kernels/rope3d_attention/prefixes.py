@@ -3,6 +3,9 @@
 Kernels of variable length read boundaries in the flattened batch. One that takes the number of
 used rows as well is told ``kv_len``. For any other, every sample becomes two sequences, its prefix
 and its padding, so nothing is gathered; what the padding computes for itself is replaced by zeros.
+
+Queries of their own (``q_len``) have boundaries of their own. Where a sample has no queries or no
+keys, all of both are padding.
 """
 
 from functools import cache
@@ -31,8 +34,8 @@ def unfit(
     head_dim = q.shape[-1]
     if head_dim % 8 or head_dim > widest:
         return f"{name} takes head_dim up to {widest} in steps of 8, got {head_dim}"
-    if q.numel() == 0:
-        return f"the tensors are empty, got q of shape {tuple(q.shape)}"
+    if q.numel() == 0 or k.shape[1] == 0:
+        return f"the tensors are empty, got q of shape {tuple(q.shape)}, k of {tuple(k.shape)}"
     if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
         return "the features of q, k and v must be adjacent in memory"
     return None
@@ -41,6 +44,52 @@ def unfit(
 def half_unfit(q: Tensor, k: Tensor, v: Tensor, name: str, widest: int = 256) -> str | None:
     """``unfit`` of a kernel for 16 bits."""
     return unfit(q, k, v, name, _HALF, widest)
+
+
+# How many queries and how many keys of each sample take part: some of both, or none.
+Meeting = tuple[Tensor, Tensor]
+
+
+def meeting(k: Tensor, kv_len: Tensor | None, q_len: Tensor | None) -> Meeting | None:
+    """What the lengths of a call come to; ``None`` when everything takes part."""
+    if q_len is None:
+        return None if kv_len is None else (kv_len, kv_len)
+    keys = torch.full_like(q_len, k.shape[1]) if kv_len is None else kv_len
+    return torch.where(keys > 0, q_len, 0), torch.where(q_len > 0, keys, 0)
+
+
+def boundaries(q: Tensor, k: Tensor, meeting: Meeting) -> tuple[Tensor, Tensor]:
+    """``halves`` of the queries, and of the keys."""
+    queries, keys = meeting
+    ends = halves(q, queries)
+    return ends, (ends if keys is queries else halves(k, keys))
+
+
+def wholes(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """``starts`` of the queries, and of the keys."""
+    ends = starts(*q.shape[:2], q.device)
+    return ends, (ends if k.shape[1] == q.shape[1] else starts(*k.shape[:2], k.device))
+
+
+def used(meeting: Meeting) -> tuple[Tensor, Tensor]:
+    """``used_rows`` of the queries, and of the keys."""
+    queries, keys = meeting
+    rows = used_rows(queries)
+    return rows, (rows if keys is queries else used_rows(keys))
+
+
+def gradients(
+    dq: Tensor, dk: Tensor, dv: Tensor, meeting: Meeting
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (B, L, N, D) with zeros for padding, in place."""
+    queries, keys = meeting
+    padding = padding_of(dq, queries)
+    of_keys = padding if keys is queries else padding_of(dk, keys)
+    return (
+        without_padding(dq, padding),
+        without_padding(dk, of_keys),
+        without_padding(dv, of_keys),
+    )
 
 
 def starts(batch: int, length: int, device: torch.device) -> Tensor:

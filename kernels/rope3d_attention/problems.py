@@ -35,11 +35,13 @@ class Inputs(NamedTuple):
     dout: Tensor
     kv_len: Tensor | None
     scale: float
+    q_len: Tensor | None = None
 
     @property
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    def arguments(self) -> tuple[Tensor | float | None, ...]:
         """The call's, as an implementation takes them."""
-        return self.q, self.k, self.v, self.kv_len, self.scale
+        own = () if self.q_len is None else (None, self.q_len)
+        return self.q, self.k, self.v, self.kv_len, self.scale, *own
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Problem:
     """One call of ``attention``: forward, or forward and backward.
 
     lengths: the number of valid tokens of every sample; None: all, and no ``kv_len``
+    queries: how many of ``query_length`` queries of their own every sample has; None: they are
+        those of the tokens of the keys, and there is no ``q_len``
     """
 
     dtype: torch.dtype
@@ -56,6 +60,8 @@ class Problem:
     head_dim: int
     lengths: tuple[int, ...] | None = None
     training: bool = False
+    query_length: int = 0
+    queries: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         shape = f"{self.batch}x{self.length}x{self.num_heads}x{self.head_dim}"
@@ -65,7 +71,7 @@ class Problem:
 
     @property
     def shape_class(self) -> ShapeClass:
-        """The class that the measurement is of."""
+        """The class that the measurement is of, which is never one of queries of their own."""
         shape = (self.batch, self.length, self.num_heads, self.head_dim)
         q = torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=self.training)
         kv_len = None if self.lengths is None else torch.empty(self.batch, device="meta")
@@ -86,6 +92,12 @@ class Problem:
         return [
             replace(small, batch=7, lengths=(197, 196, 130, 64, 1, 0, 197)),
             replace(small, lengths=(0, 197)),
+            # The class is also that of calls with queries of their own.
+            replace(
+                replace(small, batch=5, length=130, lengths=(130, 0, 64, 1, 130)),
+                query_length=197,
+                queries=(197, 196, 64, 0, 1),
+            ),
         ]
 
     def worth_timing(self, name: str, device: torch.device) -> bool:
@@ -95,30 +107,38 @@ class Problem:
     def draw(self, device: torch.device, seed: int = 0) -> Inputs:
         """Inputs of one call on a device."""
         generator = torch.Generator(device).manual_seed(seed)
-        shape = (self.batch, self.length, self.num_heads, self.head_dim)
-        drawn = [
-            torch.randn(shape, generator=generator, device=device).to(self.dtype) for _ in range(4)
-        ]
-        kv_len = None
-        if self.lengths is not None:
-            kv_len = torch.tensor(self.lengths, device=device)
-            padding = torch.arange(self.length, device=device) >= kv_len[:, None]
-            drawn = [x.masked_fill_(padding[:, :, None, None], torch.nan) for x in drawn]
-        q, k, v, dout = drawn
-        return Inputs(q, k, v, dout, kv_len, self.head_dim**-0.5)
+        kv_len, q_len = (
+            None if numbers is None else torch.tensor(numbers, device=device)
+            for numbers in (self.lengths, self.queries)
+        )
+
+        def draw(length: int, valid: Tensor | None) -> Tensor:
+            shape = (self.batch, length, self.num_heads, self.head_dim)
+            drawn = torch.randn(shape, generator=generator, device=device).to(self.dtype)
+            if valid is None:
+                return drawn
+            padding = torch.arange(length, device=device) >= valid[:, None]
+            return drawn.masked_fill_(padding[:, :, None, None], torch.nan)
+
+        of_queries = (self.length, kv_len) if q_len is None else (self.query_length, q_len)
+        of_keys = self.length, kv_len
+        q, k, v, dout = (draw(*each) for each in (of_queries, of_keys, of_keys, of_queries))
+        return Inputs(q, k, v, dout, kv_len, self.head_dim**-0.5, q_len)
 
     def run(self, impl: ModuleType, inputs: Inputs) -> list[Tensor]:
         """out and lse of one implementation; dq, dk and dv too when training."""
         out, lse = impl.forward(*inputs.arguments)
         if not self.training:
             return [out, lse]
-        return [out, lse, *impl.backward(inputs.dout, out, lse, *inputs.arguments)]
+        own = () if inputs.q_len is None else (inputs.q_len,)
+        arguments = *inputs.arguments[:5], *own
+        return [out, lse, *impl.backward(inputs.dout, out, lse, *arguments)]
 
     def truth(self, inputs: Inputs) -> list[Tensor]:
         """The same by the reference with more digits, for the heads that are judged."""
         digits = torch.float64 if self.dtype.itemsize > 2 else torch.float32
         q, k, v, dout = (x[:, :, self._heads].to(digits) for x in inputs[:4])
-        return self.run(reference, Inputs(q, k, v, dout, inputs.kv_len, inputs.scale))  # type: ignore[arg-type]
+        return self.run(reference, Inputs(q, k, v, dout, *inputs[4:]))  # type: ignore[arg-type]
 
     def error(self, results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
         """Distance from the truth, in parts of what rounding may cause: up to 1 agrees."""
@@ -134,7 +154,7 @@ class Problem:
             scale = exact.square().mean().sqrt().clamp_min(1e-30)
             errors.append(rows.mean().sqrt() / scale / limit)
             errors.append(rows.max().sqrt() / scale / limit / _ROW)
-            errors.append(self._padding_is_zero(result))
+            errors.append(self._padding_is_zero(result, i in (0, 2)))
         worst = torch.stack([each.double().cpu() for each in errors]).max()
         return float("inf") if worst.isnan() else worst.item()
 
@@ -149,11 +169,12 @@ class Problem:
         distance = torch.where(nothing, 0, (judged - exact).abs()).max() / _LSE_LIMIT
         return torch.where((judged.isneginf() == nothing).all(), distance, torch.inf)
 
-    def _padding_is_zero(self, result: Tensor) -> Tensor:
-        if self.lengths is None:
+    def _padding_is_zero(self, result: Tensor, of_queries: bool) -> Tensor:
+        valid = self.queries if of_queries and self.queries is not None else self.lengths
+        if valid is None:
             return torch.zeros(())
-        lengths = torch.tensor(self.lengths, device=result.device)
-        padding = torch.arange(self.length, device=result.device) >= lengths[:, None]
+        lengths = torch.tensor(valid, device=result.device)
+        padding = torch.arange(result.shape[1], device=result.device) >= lengths[:, None]
         touched = (result != 0).any(-1).any(-1) & padding
         return torch.where(touched.any(), torch.inf, 0.0)
 

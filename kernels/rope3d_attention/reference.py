@@ -18,24 +18,36 @@ def example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, None, float]:
 
 
 def supports(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> str | None:
     """``None``: the reference answers every call that the op accepts."""
     return None
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L)."""
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    valid = _valid_rows(q, kv_len)
-    query, key, value = (_heads_first(x, valid) for x in (q, k, v))
+    queries, keys = _taking_part(q, k, kv_len, q_len)
+    query, key, value = _heads_first(q, queries), _heads_first(k, keys), _heads_first(v, keys)
     lse = torch.empty(query.shape[:-1], dtype=query.dtype, device=q.device)
 
     for rows in _blocks(q.shape[1]):
-        scores = _scores(query[:, :, rows], key, valid, rows, scale)
+        scores = _scores(query[:, :, rows], key, queries, keys, rows, scale)
         lse[:, :, rows] = scores.logsumexp(-1)
         probabilities = _probabilities(scores, lse[:, :, rows])
         out[:, rows] = (probabilities @ value).transpose(1, 2).to(out.dtype)
@@ -51,15 +63,19 @@ def backward(
     v: Tensor,
     kv_len: Tensor | None,
     scale: float,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, each (B, L, N, D); the probabilities are computed anew from ``lse``."""
-    valid = _valid_rows(q, kv_len)
-    query, key, value, dout, out = (_heads_first(x, valid) for x in (q, k, v, dout, out))
+    """Gradients like q, k and v; the probabilities are computed anew from ``lse``."""
+    queries, keys = _taking_part(q, k, kv_len, q_len)
+    query, dout, out = (_heads_first(x, queries) for x in (q, dout, out))
+    key, value = (_heads_first(x, keys) for x in (k, v))
     delta = (dout * out).sum(-1, keepdim=True)
+    if queries is not None:
+        lse = lse.masked_fill(~queries[:, None], -torch.inf)
     dquery, dkey, dvalue = (torch.zeros_like(x) for x in (query, key, value))
 
     for rows in _blocks(q.shape[1]):
-        scores = _scores(query[:, :, rows], key, valid, rows, scale)
+        scores = _scores(query[:, :, rows], key, queries, keys, rows, scale)
         probabilities = _probabilities(scores, lse[:, :, rows])
         dscores = probabilities * (dout[:, :, rows] @ value.mT - delta[:, :, rows])
         dquery[:, :, rows] = scale * (dscores @ key)
@@ -95,11 +111,18 @@ def _blocks(length: int) -> list[slice]:
     return [slice(start, start + QUERY_BLOCK) for start in range(0, length, QUERY_BLOCK)]
 
 
-def _valid_rows(q: Tensor, kv_len: Tensor | None) -> Tensor | None:
-    """Which tokens take part: (B, L), or ``None`` when all do."""
-    if kv_len is None:
+def _taking_part(
+    q: Tensor, k: Tensor, kv_len: Tensor | None, q_len: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which queries (B, Lq) and which keys (B, Lk) take part, ``None`` when all do."""
+    keys = _valid_rows(k, kv_len)
+    return (keys if q_len is None else _valid_rows(q, q_len)), keys
+
+
+def _valid_rows(x: Tensor, lengths: Tensor | None) -> Tensor | None:
+    if lengths is None:
         return None
-    return torch.arange(q.shape[1], device=q.device) < kv_len[:, None]
+    return torch.arange(x.shape[1], device=x.device) < lengths[:, None]
 
 
 def _heads_first(x: Tensor, valid: Tensor | None) -> Tensor:
@@ -111,13 +134,22 @@ def _heads_first(x: Tensor, valid: Tensor | None) -> Tensor:
     return x.transpose(1, 2)
 
 
-def _scores(query: Tensor, key: Tensor, valid: Tensor | None, rows: slice, scale: float) -> Tensor:
-    """Scaled scores (B, N, rows, L), -inf wherever the query or the key is padding."""
+def _scores(
+    query: Tensor,
+    key: Tensor,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    rows: slice,
+    scale: float,
+) -> Tensor:
+    """Scaled scores (B, N, rows, Lk), -inf wherever the query or the key is padding."""
     scores = scale * (query @ key.mT)
-    if valid is None:
-        return scores
-    pairs = valid[:, rows, None] & valid[:, None, :]
-    return scores.masked_fill(~pairs[:, None], -torch.inf)
+    if queries is not None:
+        pairs = queries[:, rows, None]
+        if keys is not None:
+            pairs = pairs & keys[:, None, :]
+        scores = scores.masked_fill(~pairs[:, None], -torch.inf)
+    return scores
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """Which calls are alike, so that what was measured of one holds for the others."""
 
 from collections.abc import Iterator
+from math import isqrt
 
 import torch
 from torch import Tensor
 
-# dtype, head_dim, octave of the length, whether kv_len is given, whether gradients are wanted
+# dtype, head_dim, octave of the length, whether there are lengths, whether gradients are wanted
 ShapeClass = tuple[torch.dtype, int, int, bool, bool]
 
 # How many octaves of the length a measurement speaks for, either way, where there is none nearer.
@@ -13,10 +14,21 @@ _REACH = 2
 
 
 def shape_class(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> ShapeClass:
-    """The class of a call; backward, whose tensors want gradients too, has that of its forward."""
+    """The class of a call; backward, whose tensors want gradients too, has that of its forward.
+
+    Queries of their own are as queries of the keys' tokens with as many scores.
+    """
     _, length, _, head_dim = q.shape
+    if q_len is not None:
+        length, kv_len = isqrt(length * k.shape[1]), q_len
     training = q.requires_grad or k.requires_grad or v.requires_grad
     return q.dtype, head_dim, length.bit_length(), kv_len is not None, training
 

@@ -16,11 +16,12 @@ from hunyuan_fast.kernels.rope3d_attention.triton_kernels import (
     rows_of,
     source,
     store,
+    taking_part,
     tile,
 )
 
 
-@triton.jit(do_not_specialize=["num_heads", "length"])
+@triton.jit(do_not_specialize=["num_heads", "length", "key_length"])
 def query_gradient_kernel(
     dout_ptr,
     out_ptr,
@@ -29,10 +30,12 @@ def query_gradient_kernel(
     k_ptr,
     v_ptr,
     kv_len_ptr,
+    q_len_ptr,
     dq_ptr,
     delta_ptr,
     num_heads,
     length,
+    key_length,
     scale,
     stride_db,
     stride_dl,
@@ -56,7 +59,8 @@ def query_gradient_kernel(
     TMA: tl.constexpr,
 ):
     """dq of a block of queries; and delta, which the other kernel reads."""
-    b, n, first, end = place(kv_len_ptr, num_heads, length, QUERIES)
+    b, n, first = place(num_heads, length, QUERIES)
+    end, keys = taking_part(kv_len_ptr, q_len_ptr, b, length, key_length)
     out_head = out_ptr + b * stride_ob + n * stride_on
     dout_head = dout_ptr + b * stride_db + n * stride_dn
     q_head = q_ptr + b * stride_qb + n * stride_qn
@@ -72,21 +76,21 @@ def query_gradient_kernel(
     tl.store(delta_ptr + row + rows, delta, mask=valid)
     lse = tl.load(lse_ptr + row + rows, mask=valid, other=0.0) * LOG2_E
     q = rows_of(q_head, first, end, stride_ql, D, BLOCK_D, QUERIES, TMA)
-    k_rows = source(k_head, end, stride_kl, D, BLOCK_D, KEYS, TMA)
-    v_rows = source(v_head, end, stride_vl, D, BLOCK_D, KEYS, TMA)
-    seen = tl.where(first < end, end, 0)
+    k_rows = source(k_head, keys, stride_kl, D, BLOCK_D, KEYS, TMA)
+    v_rows = source(v_head, keys, stride_vl, D, BLOCK_D, KEYS, TMA)
+    seen = tl.where(first < end, keys, 0)
     whole = seen // KEYS * KEYS
     score_scale = scale * LOG2_E
 
     dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     for start in range(0, whole, KEYS):
-        k = tile(k_rows, start, end, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=False)
-        v = tile(v_rows, start, end, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=False)
-        dq = _add_to_dq(dq, q, k, v, dout, lse, delta, score_scale, start, end, KEYS, TAIL=False)
+        k = tile(k_rows, start, keys, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=False)
+        v = tile(v_rows, start, keys, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=False)
+        dq = _add_to_dq(dq, q, k, v, dout, lse, delta, score_scale, start, keys, KEYS, TAIL=False)
     for start in tl.range(whole, seen, KEYS, num_stages=1):
-        k = tile(k_rows, start, end, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=True)
-        v = tile(v_rows, start, end, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=True)
-        dq = _add_to_dq(dq, q, k, v, dout, lse, delta, score_scale, start, end, KEYS, TAIL=True)
+        k = tile(k_rows, start, keys, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=True)
+        v = tile(v_rows, start, keys, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=True)
+        dq = _add_to_dq(dq, q, k, v, dout, lse, delta, score_scale, start, keys, KEYS, TAIL=True)
     head = (b * length * num_heads + n) * D
     store(dq_ptr + head, dq * scale, first, end, length, num_heads * D, D, BLOCK_D)
 
@@ -104,7 +108,7 @@ def _add_to_dq(
     return tl.dot(ds.to(k.dtype), k, dq)
 
 
-@triton.jit(do_not_specialize=["num_heads", "length"])
+@triton.jit(do_not_specialize=["num_heads", "length", "key_length"])
 def key_gradient_kernel(
     dout_ptr,
     lse_ptr,
@@ -113,10 +117,12 @@ def key_gradient_kernel(
     k_ptr,
     v_ptr,
     kv_len_ptr,
+    q_len_ptr,
     dk_ptr,
     dv_ptr,
     num_heads,
     length,
+    key_length,
     scale,
     stride_db,
     stride_dl,
@@ -137,26 +143,27 @@ def key_gradient_kernel(
     TMA: tl.constexpr,
 ):
     """dk and dv of a block of keys, from all queries that take part."""
-    b, n, first, end = place(kv_len_ptr, num_heads, length, KEYS)
+    b, n, first = place(num_heads, key_length, KEYS)
+    queries, end = taking_part(kv_len_ptr, q_len_ptr, b, length, key_length)
     k_head = k_ptr + b * stride_kb + n * stride_kn
     v_head = v_ptr + b * stride_vb + n * stride_vn
     k = rows_of(k_head, first, end, stride_kl, D, BLOCK_D, KEYS, TMA)
     v = rows_of(v_head, first, end, stride_vl, D, BLOCK_D, KEYS, TMA)
     q_head = q_ptr + b * stride_qb + n * stride_qn
     dout_head = dout_ptr + b * stride_db + n * stride_dn
-    q_rows = source(q_head, end, stride_ql, D, BLOCK_D, QUERIES, TMA)
-    dout_rows = source(dout_head, end, stride_dl, D, BLOCK_D, QUERIES, TMA)
+    q_rows = source(q_head, queries, stride_ql, D, BLOCK_D, QUERIES, TMA)
+    dout_rows = source(dout_head, queries, stride_dl, D, BLOCK_D, QUERIES, TMA)
     row = (b * num_heads + n) * length
     lse_row, delta_row = lse_ptr + row, delta_ptr + row
-    seeing = tl.where(first < end, end, 0)
+    seeing = tl.where(first < end, queries, 0)
     whole = seeing // QUERIES * QUERIES
     score_scale = scale * LOG2_E
 
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
     for start in range(0, whole, QUERIES):
-        q = tile(q_rows, start, end, stride_ql, D, BLOCK_D, QUERIES, TMA, TAIL=False)
-        dout = tile(dout_rows, start, end, stride_dl, D, BLOCK_D, QUERIES, TMA, TAIL=False)
+        q = tile(q_rows, start, queries, stride_ql, D, BLOCK_D, QUERIES, TMA, TAIL=False)
+        dout = tile(dout_rows, start, queries, stride_dl, D, BLOCK_D, QUERIES, TMA, TAIL=False)
         dk, dv = _add_to_dk_dv(
             dk,
             dv,
@@ -168,13 +175,13 @@ def key_gradient_kernel(
             delta_row,
             score_scale,
             start,
-            end,
+            queries,
             QUERIES,
             TAIL=False,
         )
     for start in tl.range(whole, seeing, QUERIES, num_stages=1):
-        q = tile(q_rows, start, end, stride_ql, D, BLOCK_D, QUERIES, TMA, TAIL=True)
-        dout = tile(dout_rows, start, end, stride_dl, D, BLOCK_D, QUERIES, TMA, TAIL=True)
+        q = tile(q_rows, start, queries, stride_ql, D, BLOCK_D, QUERIES, TMA, TAIL=True)
+        dout = tile(dout_rows, start, queries, stride_dl, D, BLOCK_D, QUERIES, TMA, TAIL=True)
         dk, dv = _add_to_dk_dv(
             dk,
             dv,
@@ -186,13 +193,13 @@ def key_gradient_kernel(
             delta_row,
             score_scale,
             start,
-            end,
+            queries,
             QUERIES,
             TAIL=True,
         )
-    head = (b * length * num_heads + n) * D
-    store(dk_ptr + head, dk * scale, first, end, length, num_heads * D, D, BLOCK_D)
-    store(dv_ptr + head, dv, first, end, length, num_heads * D, D, BLOCK_D)
+    head = (b * key_length * num_heads + n) * D
+    store(dk_ptr + head, dk * scale, first, end, key_length, num_heads * D, D, BLOCK_D)
+    store(dv_ptr + head, dv, first, end, key_length, num_heads * D, D, BLOCK_D)
 
 
 @triton.jit

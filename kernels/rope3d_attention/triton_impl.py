@@ -33,7 +33,13 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 
 def supports(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> str | None:
     """``None``, or why the Triton kernels cannot answer this call."""
     if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -42,15 +48,21 @@ def supports(
         return f"q must be bfloat16 or float16, it is {q.dtype}"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"the head size D must be at most {MAX_HEAD_DIM}, it is {q.shape[-1]}"
-    if q.numel() == 0:
-        return f"the tensors are empty, q has shape {tuple(q.shape)}"
+    if q.numel() == 0 or (q_len is not None and k.numel() == 0):
+        return f"the tensors are empty, q has shape {tuple(q.shape)}, k {tuple(k.shape)}"
     if scale < 0:
         return f"scale must not be negative, it is {scale}"
     return None
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L)."""
     q, k, v = (_rows(x) for x in (q, k, v))
@@ -59,8 +71,8 @@ def forward(
     tile = forward_tile(q.shape[-1], _arch(q), _aligned(q, k, v))
     with _launching(q, tile):
         forward_kernel[_grid(q, tile.queries)](
-            *(q, k, v, kv_len, result, lse),
-            *(q.shape[2], q.shape[1], scale),
+            *(q, k, v, kv_len, q_len, result, lse),
+            *(q.shape[2], q.shape[1], k.shape[1], scale),
             *_strides(q, k, v, result),
             AHEAD=tile.ahead,
             **_constants(q, tile),
@@ -80,25 +92,29 @@ def backward(
     v: Tensor,
     kv_len: Tensor | None,
     scale: float,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, L, N, D)."""
+    """Gradients like q, k and v."""
     dout, out, q, k, v = (_rows(x) for x in (dout, out, q, k, v))
     lse = lse.contiguous()
-    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    if q_len is not None:
+        # A row that has seen no key has no probabilities.
+        lse = lse.masked_fill(lse.isneginf(), torch.inf)
+    dq, dk, dv = (q.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    sizes = q.shape[2], q.shape[1], scale
+    sizes = q.shape[2], q.shape[1], k.shape[1], scale
     tile = query_gradient_tile(q.shape[-1], _arch(q), _aligned(dout, out, q, k, v))
     with _launching(q, tile):
         query_gradient_kernel[_grid(q, tile.queries)](
-            *(dout, out, lse, q, k, v, kv_len, dq, delta),
+            *(dout, out, lse, q, k, v, kv_len, q_len, dq, delta),
             *sizes,
             *_strides(dout, out, q, k, v),
             **_constants(q, tile),
         )
     tile = key_gradient_tile(q.shape[-1], _arch(q), _aligned(dout, q, k, v))
     with _launching(q, tile):
-        key_gradient_kernel[_grid(q, tile.keys)](
-            *(dout, lse, delta, q, k, v, kv_len, dk, dv),
+        key_gradient_kernel[_grid(k, tile.keys)](
+            *(dout, lse, delta, q, k, v, kv_len, q_len, dk, dv),
             *sizes,
             *_strides(dout, q, k, v),
             **_constants(q, tile),
@@ -106,9 +122,9 @@ def backward(
     return dq, dk, dv
 
 
-def _grid(q: Tensor, rows: int) -> tuple[int]:
+def _grid(x: Tensor, rows: int) -> tuple[int]:
     """Programs: blocks of rows of every head, one head after the other."""
-    batch, length, num_heads, _ = q.shape
+    batch, length, num_heads, _ = x.shape
     return (triton.cdiv(length, rows) * batch * num_heads,)
 
 

@@ -1,6 +1,7 @@
 """The Triton kernels: a block of rows of one head goes through all rows that take part.
 
-Each program reads how many rows of its sample take part. Nothing past them is loaded, blocks past
+Each program reads how many rows of its sample take part: queries, and, where these are not the
+tokens of the keys (``q_len_ptr`` is given then), keys. Nothing past them is loaded, blocks past
 them do no work, and their results are written as zeros (the log-sum-exp as -inf). The main loops
 are free of masks over rows: what is left of the last tile has a loop of its own, of one turn at
 most. Scores are kept in units of log 2. Offsets are int64: a row may start past element 2^31.
@@ -17,16 +18,25 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def place(kv_len_ptr, num_heads, length, ROWS: tl.constexpr):
-    """This program's sample, head, first row, and the number of rows that take part."""
+def place(num_heads, length, ROWS: tl.constexpr):
+    """This program's sample, head and first row."""
     blocks = tl.cdiv(length, ROWS)
     first = tl.program_id(0) % blocks * ROWS
     head = (tl.program_id(0) // blocks).to(tl.int64)
-    b = head // num_heads
-    n = length
+    return head // num_heads, head % num_heads, first
+
+
+@triton.jit
+def taking_part(kv_len_ptr, q_len_ptr, b, length, key_length):
+    """How many queries and how many keys of a sample take part: some of both, or none."""
+    keys = key_length
     if kv_len_ptr is not None:
-        n = tl.minimum(tl.maximum(tl.load(kv_len_ptr + b), 0), length).to(tl.int32)
-    return b, head % num_heads, first, n
+        keys = tl.minimum(tl.maximum(tl.load(kv_len_ptr + b), 0), key_length).to(tl.int32)
+    queries = keys
+    if q_len_ptr is not None:
+        queries = tl.minimum(tl.maximum(tl.load(q_len_ptr + b), 0), length).to(tl.int32)
+        queries, keys = tl.where(keys > 0, queries, 0), tl.where(queries > 0, keys, 0)
+    return queries, keys
 
 
 @triton.jit
@@ -126,16 +136,18 @@ def _mask(scores, start, end, KEYS: tl.constexpr):
     return tl.where((tl.arange(0, KEYS) < end - start)[None, :], scores, -float("inf"))
 
 
-@triton.jit(do_not_specialize=["num_heads", "length"])
+@triton.jit(do_not_specialize=["num_heads", "length", "key_length"])
 def forward_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     kv_len_ptr,
+    q_len_ptr,
     out_ptr,
     lse_ptr,
     num_heads,
     length,
+    key_length,
     scale,
     stride_qb,
     stride_ql,
@@ -162,14 +174,15 @@ def forward_kernel(
     that the matrix unit of Hopper has work (this product, and the sums of the tile before) while
     the exponentials are taken. It costs the registers of a second tile of scores.
     """
-    b, n, first, end = place(kv_len_ptr, num_heads, length, QUERIES)
+    b, n, first = place(num_heads, length, QUERIES)
+    end, keys = taking_part(kv_len_ptr, q_len_ptr, b, length, key_length)
     q_head = q_ptr + b * stride_qb + n * stride_qn
     q = rows_of(q_head, first, end, stride_ql, D, BLOCK_D, QUERIES, TMA)
     k_head = k_ptr + b * stride_kb + n * stride_kn
     v_head = v_ptr + b * stride_vb + n * stride_vn
-    k_rows = source(k_head, end, stride_kl, D, BLOCK_D, KEYS, TMA)
-    v_rows = source(v_head, end, stride_vl, D, BLOCK_D, KEYS, TMA)
-    seen = tl.where(first < end, end, 0)
+    k_rows = source(k_head, keys, stride_kl, D, BLOCK_D, KEYS, TMA)
+    v_rows = source(v_head, keys, stride_vl, D, BLOCK_D, KEYS, TMA)
+    seen = tl.where(first < end, keys, 0)
     score_scale = scale * LOG2_E
 
     highest = tl.full([QUERIES], -float("inf"), tl.float32)
@@ -178,33 +191,33 @@ def forward_kernel(
     if AHEAD:
         last = tl.maximum(tl.cdiv(seen, KEYS) - 1, 0) * KEYS
         # For a block of padding this is past the end, and zeros.
-        begin = tl.where(seen > 0, 0, length)
-        k = tile(k_rows, begin, end, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=True)
+        begin = tl.where(seen > 0, 0, key_length)
+        k = tile(k_rows, begin, keys, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=True)
         scores = tl.dot(q, tl.trans(k))
         for start in range(0, last, KEYS):
             highest, total, p, correction = _weigh(highest, total, scores, score_scale)
-            k = tile(k_rows, start + KEYS, end, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=True)
+            k = tile(k_rows, start + KEYS, keys, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=True)
             scores = tl.dot(q, tl.trans(k))
-            v = tile(v_rows, start, end, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=False)
+            v = tile(v_rows, start, keys, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=False)
             sums = tl.dot(p.to(v.dtype), v, sums * correction[:, None])
         for start in tl.range(last, seen, KEYS, num_stages=1):
-            scores = _mask(scores, start, end, KEYS)
+            scores = _mask(scores, start, keys, KEYS)
             highest, total, p, correction = _weigh(highest, total, scores, score_scale)
-            v = tile(v_rows, start, end, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=True)
+            v = tile(v_rows, start, keys, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=True)
             sums = tl.dot(p.to(v.dtype), v, sums * correction[:, None])
     else:
         whole = seen // KEYS * KEYS
         for start in range(0, whole, KEYS):
-            k = tile(k_rows, start, end, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=False)
+            k = tile(k_rows, start, keys, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=False)
             scores = tl.dot(q, tl.trans(k))
             highest, total, p, correction = _weigh(highest, total, scores, score_scale)
-            v = tile(v_rows, start, end, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=False)
+            v = tile(v_rows, start, keys, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=False)
             sums = tl.dot(p.to(v.dtype), v, sums * correction[:, None])
         for start in tl.range(whole, seen, KEYS, num_stages=1):
-            k = tile(k_rows, start, end, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=True)
-            scores = _mask(tl.dot(q, tl.trans(k)), start, end, KEYS)
+            k = tile(k_rows, start, keys, stride_kl, D, BLOCK_D, KEYS, TMA, TAIL=True)
+            scores = _mask(tl.dot(q, tl.trans(k)), start, keys, KEYS)
             highest, total, p, correction = _weigh(highest, total, scores, score_scale)
-            v = tile(v_rows, start, end, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=True)
+            v = tile(v_rows, start, keys, stride_vl, D, BLOCK_D, KEYS, TMA, TAIL=True)
             sums = tl.dot(p.to(v.dtype), v, sums * correction[:, None])
 
     rows = first + tl.arange(0, QUERIES)

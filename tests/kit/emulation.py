@@ -79,17 +79,26 @@ class FlashAttention:
     dscores: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda p, dp, delta: p * (dp - delta)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: list[int],
+        scale: float,
+        queries: list[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """q, k, v (B, L, N, D) -> out (B, L, N, D) and log-sum-exp (B, N, L)."""
+        """q, k, v (B, L, N, D) -> out (B, L, N, D) and log-sum-exp (B, N, L).
+
+        queries: how many of each sample there are, where they are not the tokens of the keys
+        """
         out = torch.zeros_like(q)
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
         for item, length in enumerate(lengths):
-            rows = self.num_queries(length, q.shape[1])
+            rows = self.num_queries((queries or lengths)[item], q.shape[1])
             if length and rows:
-                queries, keys, values = (x[item].transpose(0, 1) for x in (q, k, v))
+                asking, keys, values = (x[item].transpose(0, 1) for x in (q, k, v))
                 result, lse[item, :, :rows] = self._sample(
-                    queries[:, :rows], keys, values, length, scale
+                    asking[:, :rows], keys, values, length, scale
                 )
                 out[item, :rows] = result.transpose(0, 1)
         return self.write(out), lse
@@ -125,16 +134,18 @@ class FlashAttention:
         v: Tensor,
         lengths: list[int],
         scale: float,
+        queries: list[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v, each (B, L, N, D)."""
+        """Gradients like q, k and v."""
         gradients = tuple(torch.zeros_like(x) for x in (q, k, v))
         for item, length in enumerate(lengths):
-            rows, keys = self.num_queries(length, q.shape[1]), self.num_keys(length)
-            if not length:
+            rows = self.num_queries((queries or lengths)[item], q.shape[1])
+            if not length or not rows:
                 continue
-            queries, douts, outs = (x[item, :rows].transpose(0, 1).float() for x in (q, dout, out))
+            keys = self.num_keys(length)
+            asking, douts, outs = (x[item, :rows].transpose(0, 1).float() for x in (q, dout, out))
             keys, values = (x[item, :keys].transpose(0, 1).float() for x in (k, v))
-            scores = scale * (queries @ keys.mT)
+            scores = scale * (asking @ keys.mT)
             p = self.exp(scores - lse[item, :, :rows, None])
             dp = douts @ values.mT
             ds = self.dscores(p, dp, self.delta(douts, outs))
@@ -142,7 +153,7 @@ class FlashAttention:
             p = self.round_probabilities(p, q.dtype).float()
             parts = (
                 self.dquery(ds @ keys, scale),
-                self.dkey(self._over_queries(ds, queries, q.dtype), scale),
+                self.dkey(self._over_queries(ds, asking, q.dtype), scale),
                 self._over_queries(p, douts, q.dtype),
             )
             for gradient, part in zip(gradients, parts, strict=True):
@@ -161,18 +172,25 @@ class FlashAttention:
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    scale: float,
+    queries: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention sample by sample in the dtype of q throughout: float64 gives the truth.
 
     Differentiable; q, k, v (B, L, N, D) -> out (B, L, N, D) and log-sum-exp (B, N, L).
+    queries: as in ``FlashAttention.forward``
     """
     outs, sums = [], []
     for item, length in enumerate(lengths):
-        queries, keys, values = (x[item, :length].transpose(0, 1) for x in (q, k, v))
-        scores = (queries * scale) @ keys.mT
+        asking = q[item, : (queries or lengths)[item]].transpose(0, 1)
+        keys, values = (x[item, :length].transpose(0, 1) for x in (k, v))
+        scores = (asking * scale) @ keys.mT
         out = (torch.softmax(scores, -1) @ values).transpose(0, 1)
-        padding = q.shape[1] - length
+        padding = q.shape[1] - asking.shape[1]
         outs.append(torch.nn.functional.pad(out, (0, 0, 0, 0, 0, padding)))
         sums.append(torch.nn.functional.pad(scores.logsumexp(-1), (0, padding), value=-torch.inf))
     return torch.stack(outs), torch.stack(sums)

@@ -39,6 +39,11 @@ def _prefixes(q, k, v):
     return ops.attention(q, k, v, kv_len=kv_len, return_lse=True)
 
 
+def _own(q, k, v):
+    q_len, kv_len = (torch.tensor(n).to(q.device) for n in ([2, 3], [5, 4]))
+    return ops.attention(q, k, v, q_len=q_len, kv_len=kv_len, return_lse=True)
+
+
 def _frames(q, k, v):
     return ops.frame_causal_attention(q, k, v, tokens_per_frame=1)
 
@@ -86,6 +91,7 @@ CASES: dict[str, tuple[Callable[..., Tensor | Results], tuple[tuple[int, ...], .
     "upsample_causal_conv3d past": (_doubled, (MAP, TAPS, TAPS[:1], FRAME), "causal_conv3d"),
     "attention": (ops.attention, (HEADED,) * 3, "attention"),
     "attention prefixes": (_prefixes, (HEADED,) * 3, "attention"),
+    "attention own queries": (_own, ((BATCH, 3, HEADS, HEAD_DIM), HEADED, HEADED), "attention"),
     "frame_causal_attention": (_frames, (HEADED,) * 3, "frame_causal_attention"),
     "sliding_tile_attention": (_tiles, (HEADED,) * 3, "sliding_tile_attention"),
 }

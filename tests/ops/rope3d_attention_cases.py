@@ -62,31 +62,56 @@ def each_answer(*dtypes: torch.dtype) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "dtype"), found, ids=ids)
 
 
-def run(name: str, inputs: list[Tensor], lengths: list[int] | None, scale: float) -> list[Tensor]:
-    """out, lse, dq, dk, dv of one implementation."""
+def run(
+    name: str,
+    inputs: list[Tensor],
+    lengths: list[int] | None,
+    scale: float,
+    queries: list[int] | None = None,
+) -> list[Tensor]:
+    """out, lse, dq, dk, dv of one implementation. queries: ``q_len``."""
     q, k, v, dout = inputs
-    kv_len = None if lengths is None else torch.tensor(lengths, device=q.device)
+    kv_len, q_len = (
+        None if numbers is None else torch.tensor(numbers, device=q.device)
+        for numbers in (lengths, queries)
+    )
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     with use(name, ROOM):
-        out, lse = attention(*leaves, kv_len=kv_len, scale=scale, return_lse=True)
+        out, lse = attention(*leaves, kv_len=kv_len, q_len=q_len, scale=scale, return_lse=True)
         return [out.detach(), lse, *torch.autograd.grad(out, leaves, dout)]
 
 
-def plain(inputs: list[Tensor], lengths: list[int], scale: float, dtype: torch.dtype):
+def plain(
+    inputs: list[Tensor],
+    lengths: list[int],
+    scale: float,
+    dtype: torch.dtype,
+    queries: list[int] | None = None,
+) -> list[Tensor]:
     """The same by plain torch in ``dtype``; float64 is the truth."""
     q, k, v, dout = (x.detach().cpu().to(dtype, copy=True) for x in inputs)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out, lse = plain_attention(*leaves, lengths, scale)
+    out, lse = plain_attention(*leaves, lengths, scale, queries)
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-def emulated(name: str, inputs: list[Tensor], lengths: list[int], scale: float) -> list[Tensor]:
+def rounding_of(name: str, q: Tensor, lengths: list[int]) -> FlashAttention:
+    """The roundings of an implementation. lengths: of the queries."""
+    return EMULATIONS.get(name, lambda q, lengths: FlashAttention())(q, lengths)
+
+
+def emulated(
+    name: str,
+    inputs: list[Tensor],
+    lengths: list[int],
+    scale: float,
+    queries: list[int] | None = None,
+) -> list[Tensor]:
     """The same with the roundings of an implementation."""
-    rounding = EMULATIONS.get(name, lambda q, lengths: FlashAttention())
-    kernel = rounding(inputs[0], lengths)
+    kernel = rounding_of(name, inputs[0], queries or lengths)
     q, k, v, dout = (x.cpu() for x in inputs)
-    out, lse = kernel.forward(q, k, v, lengths, scale)
-    return [out, lse, *kernel.backward(dout, out, lse, q, k, v, lengths, scale)]
+    out, lse = kernel.forward(q, k, v, lengths, scale, queries)
+    return [out, lse, *kernel.backward(dout, out, lse, q, k, v, lengths, scale, queries)]
 
 
 @dataclass(frozen=True)
@@ -98,14 +123,24 @@ class Truth:
     scale: float
     exact: list[Tensor]
     same_dtype: list[Tensor]
+    queries: list[int] | None = None
 
     @classmethod
-    def of(cls, inputs: list[Tensor], lengths: list[int], scale: float) -> "Truth":
-        exact = plain(inputs, lengths, scale, torch.float64)
-        return cls(inputs, lengths, scale, exact, plain(inputs, lengths, scale, inputs[0].dtype))
+    def of(
+        cls,
+        inputs: list[Tensor],
+        lengths: list[int],
+        scale: float,
+        queries: list[int] | None = None,
+    ) -> "Truth":
+        exact, same = (
+            plain(inputs, lengths, scale, dtype, queries)
+            for dtype in (torch.float64, inputs[0].dtype)
+        )
+        return cls(inputs, lengths, scale, exact, same, queries)
 
     def emulated(self, name: str) -> list[Tensor]:
-        return emulated(name, self.inputs, self.lengths, self.scale)
+        return emulated(name, self.inputs, self.lengths, self.scale, self.queries)
 
     def judge_out(self, name: str, out: Tensor, golden: list[Tensor]) -> None:
         self._judge(0, name, out, golden)
@@ -139,10 +174,15 @@ class Truth:
 
 
 def judge(
-    name: str, results: list[Tensor], inputs: list[Tensor], lengths: list[int], scale: float
+    name: str,
+    results: list[Tensor],
+    inputs: list[Tensor],
+    lengths: list[int],
+    scale: float,
+    queries: list[int] | None = None,
 ) -> None:
     """Tier B for out, dq, dk and dv; and the log-sum-exp."""
-    truth = Truth.of(inputs, lengths, scale)
+    truth = Truth.of(inputs, lengths, scale, queries)
     golden = truth.emulated(name)
     truth.judge_out(name, results[0], golden)
     truth.judge_gradients(name, results[2:], golden)

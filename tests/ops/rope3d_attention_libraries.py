@@ -67,39 +67,51 @@ def segments(starts: Tensor, used: Tensor | None) -> list[slice]:
     return [slice(*pair) for pair in zip(starts[:-1].tolist(), ends, strict=True)]
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, rows: list[slice], scale: float
-) -> tuple[Tensor, Tensor]:
+# The rows of queries and of keys of one sequence after the other.
+Sequences = list[tuple[slice, slice]]
+
+
+def sequences(queries: list[slice], keys: list[slice]) -> Sequences:
+    return list(zip(queries, keys, strict=True))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rows: Sequences, scale: float) -> tuple[Tensor, Tensor]:
     """Flattened q, k, v (T, N, D) -> out (T, N, D) and log-sum-exp (N, T), NaN where unused."""
     out = torch.full(q.shape, torch.nan, dtype=q.dtype)
     lse = torch.full((q.shape[1], q.shape[0]), torch.nan)
-    for each in rows:
-        if each.stop > each.start:
-            part = [x[each][None] for x in (q, k, v)]
-            result, sums = _KERNEL.forward(*part, [each.stop - each.start], scale)
-            out[each], lse[:, each] = result[0], sums[0]
+    for asking, asked in rows:
+        if _count(asking) and _count(asked):
+            part = q[asking][None], k[asked][None], v[asked][None]
+            numbers = [_count(asked)], scale, [_count(asking)]
+            result, sums = _KERNEL.forward(*part, *numbers)
+            out[asking], lse[:, asking] = result[0], sums[0]
     return out, lse
 
 
 def differentiate(
-    dout: Tensor, out: Tensor, lse: Tensor, qkv: list[Tensor], rows: list[slice], scale: float
+    dout: Tensor, out: Tensor, lse: Tensor, qkv: list[Tensor], rows: Sequences, scale: float
 ) -> list[Tensor]:
     """dq, dk and dv of flattened tensors, NaN where unused; lse is (N, T)."""
     gradients = [torch.full(x.shape, torch.nan, dtype=x.dtype) for x in qkv]
-    for each in rows:
-        if each.stop > each.start:
-            length = [each.stop - each.start]
-            part = [x[each][None] for x in (dout, out)]
-            inputs = [x[each][None] for x in qkv]
-            found = _KERNEL.backward(*part, lse[None, :, each], *inputs, length, scale)
-            for gradient, share in zip(gradients, found, strict=True):
-                gradient[each] = share[0]
+    for asking, asked in rows:
+        if _count(asking) and _count(asked):
+            part = [x[asking][None] for x in (dout, out)]
+            inputs = [x[own][None] for x, own in zip(qkv, (asking, asked, asked), strict=True)]
+            numbers = [_count(asked)], scale, [_count(asking)]
+            found = _KERNEL.backward(*part, lse[None, :, asking], *inputs, *numbers)
+            for gradient, own, share in zip(gradients, (asking, asked, asked), found, strict=True):
+                gradient[own] = share[0]
     return gradients
 
 
-def _dense(x: Tensor) -> list[slice]:
+def _count(rows: slice) -> int:
+    return rows.stop - rows.start
+
+
+def _dense(x: Tensor) -> Sequences:
     batch, length = x.shape[:2]
-    return [slice(i * length, (i + 1) * length) for i in range(batch)]
+    rows = [slice(i * length, (i + 1) * length) for i in range(batch)]
+    return sequences(rows, rows)
 
 
 def _flat(*tensors: Tensor) -> list[Tensor]:
@@ -108,9 +120,13 @@ def _flat(*tensors: Tensor) -> list[Tensor]:
     return [x.flatten(0, 1) for x in tensors]
 
 
-def _longest(rows: list[slice], *limits: int) -> None:
-    longest = max(each.stop - each.start for each in rows)
-    assert all(isinstance(limit, int) and longest <= limit for limit in limits)
+def _ragged(starts: Tensor, key_starts: Tensor | None, *limits: int) -> Sequences:
+    """Sequences between boundaries, none of which is longer than it was said to be."""
+    assert key_starts is not None
+    rows = segments(starts, None), segments(key_starts, None)
+    for each, limit in zip(rows, limits, strict=True):
+        assert isinstance(limit, int) and max(map(_count, each)) <= limit
+    return sequences(*rows)
 
 
 def aten_flash_forward(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -122,9 +138,7 @@ def aten_flash_forward(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         batch, length = a.query.shape[:2]
         rows = lse.view(-1, batch, length).transpose(0, 1).contiguous()
         return out.view(a.query.shape), rows, None, None
-    rows = segments(a.cum_seq_q, None)
-    _longest(rows, a.max_q, a.max_k)
-    assert torch.equal(a.cum_seq_q, a.cum_seq_k)
+    rows = _ragged(a.cum_seq_q, a.cum_seq_k, a.max_q, a.max_k)
     return *attend(a.query, a.key, a.value, rows, a.scale), None, None, None
 
 
@@ -138,8 +152,7 @@ def aten_flash_backward(*args: Any, **kwargs: Any) -> list[Tensor]:
         lse = a.logsumexp.transpose(0, 1).flatten(1)
         found = differentiate(dout, out, lse, qkv, _dense(a.query), a.scale)
         return [x.view(a.query.shape) for x in found]
-    rows = segments(a.cum_seq_q, None)
-    _longest(rows, a.max_q, a.max_k)
+    rows = _ragged(a.cum_seq_q, a.cum_seq_k, a.max_q, a.max_k)
     assert a.logsumexp.shape == (a.query.shape[1], a.query.shape[0])
     return differentiate(*tensors[:2], a.logsumexp, tensors[2:], rows, a.scale)
 
@@ -171,8 +184,7 @@ def cudnn_backward(*args: Any, **kwargs: Any) -> list[Tensor]:
 def cudnn_forward_ragged(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     a = bound(torch.ops.aten._cudnn_attention_forward.default, args, kwargs)
     assert a.attn_bias is None and a.compute_log_sumexp and not a.is_causal and not a.dropout_p
-    rows = segments(a.cum_seq_q, None)
-    _longest(rows, a.max_q, a.max_k)
+    rows = _ragged(a.cum_seq_q, a.cum_seq_k, a.max_q, a.max_k)
     out, lse = attend(a.query, a.key, a.value, rows, a.scale)
     return out, lse.T.contiguous()[..., None], a.cum_seq_q, a.cum_seq_k
 
@@ -182,7 +194,7 @@ def cudnn_backward_ragged(*args: Any, **kwargs: Any) -> list[Tensor]:
     assert a.attn_bias is None and not a.is_causal and not a.dropout_p
     tokens, num_heads, _ = a.query.shape
     assert a.logsumexp.shape == (tokens, num_heads, 1) and a.logsumexp.is_contiguous()
-    rows = segments(a.cum_seq_q, None)
+    rows = _ragged(a.cum_seq_q, a.cum_seq_k, a.max_q, a.max_k)
     lse = a.logsumexp[..., 0].T
     qkv = [a.query, a.key, a.value]
     return differentiate(a.grad_out, a.out, lse, qkv, rows, a.scale)
@@ -195,12 +207,12 @@ def efficient_forward(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     rows = _dense(a.query)
     if a.cu_seqlens_q is not None:
         assert a.query.shape[0] == 1
-        rows, length = segments(a.cu_seqlens_q, None), a.max_seqlen_q
-        _longest(rows, a.max_seqlen_q, a.max_seqlen_k)
+        rows = _ragged(a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k)
+        length = a.max_seqlen_q
     out, sums = attend(*_flat(a.query, a.key, a.value), rows, a.scale)
     lse = torch.full((len(rows), sums.shape[0], -(-length // 32) * 32), torch.nan)
-    for each, own in zip(rows, lse, strict=True):
-        own[:, : each.stop - each.start] = sums[:, each]
+    for (each, _), own in zip(rows, lse, strict=True):
+        own[:, : _count(each)] = sums[:, each]
     return out.view(a.query.shape), lse, None, None, length, length
 
 
@@ -211,35 +223,35 @@ def efficient_backward(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     rows = _dense(a.query)
     if a.cu_seqlens_q is not None:
         assert a.query.shape[0] == 1
-        rows = segments(a.cu_seqlens_q, None)
-        _longest(rows, a.max_seqlen_q, a.max_seqlen_k)
+        rows = _ragged(a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k)
     assert a.logsumexp.shape[:2] == (len(rows), a.query.shape[2])
     dout, out, *qkv = _flat(a.grad_out_, a.out, a.query, a.key, a.value)
     lse = torch.full((qkv[0].shape[1], qkv[0].shape[0]), torch.nan)
-    for each, own in zip(rows, a.logsumexp, strict=True):
-        lse[:, each] = own[:, : each.stop - each.start]
+    for (each, _), own in zip(rows, a.logsumexp, strict=True):
+        lse[:, each] = own[:, : _count(each)]
     found = differentiate(dout, out, lse, qkv, rows, a.scale)
-    return *(x.view(a.query.shape) for x in found), None
+    given = a.query, a.key, a.value
+    return *(x.view(like.shape) for x, like in zip(found, given, strict=True)), None
 
 
 def _package_forward(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, used: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, rows: Sequences | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    if starts is None:
+    if rows is None:
         out, lse = attend(*_flat(q, k, v), _dense(q), scale)
         batch, length = q.shape[:2]
         return out.view(q.shape), lse.view(-1, batch, length).transpose(0, 1).contiguous()
-    return attend(q, k, v, segments(starts, used), scale)
+    return attend(q, k, v, rows, scale)
 
 
 def _package_backward(
-    tensors: list[Tensor], lse: Tensor, starts: Tensor | None, used: Tensor | None, scale: float
+    tensors: list[Tensor], lse: Tensor, rows: Sequences | None, scale: float
 ) -> list[Tensor]:
     # The packages see to it themselves.
     tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
     dout, out, *qkv = tensors
     assert lse.is_contiguous() and lse.dtype == torch.float32
-    if starts is None:
+    if rows is None:
         batch, length, num_heads, _ = dout.shape
         assert lse.shape == (batch, num_heads, length)
         rows, shape = _dense(dout), dout.shape
@@ -247,7 +259,7 @@ def _package_backward(
         lse = lse.transpose(0, 1).flatten(1)
         return [x.view(shape) for x in differentiate(dout, out, lse, qkv, rows, scale)]
     assert lse.shape == (dout.shape[1], dout.shape[0])
-    return differentiate(dout, out, lse, qkv, segments(starts, used), scale)
+    return differentiate(dout, out, lse, qkv, rows, scale)
 
 
 def _into(targets: tuple[Tensor, ...], found: list[Tensor]) -> None:
@@ -265,7 +277,7 @@ def _flash_attn_forward(
     alibi_slopes, return_softmax,
 ):  # fmt: skip
     _plain(dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes)
-    return *_package_forward(q, k, v, None, None, softmax_scale), None, None
+    return *_package_forward(q, k, v, None, softmax_scale), None, None
 
 
 def _flash_attn_backward(
@@ -274,7 +286,7 @@ def _flash_attn_backward(
 ):  # fmt: skip
     _plain(dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes)
     tensors = [dout, out, q, k, v]
-    _into((dq, dk, dv), _package_backward(tensors, softmax_lse, None, None, softmax_scale))
+    _into((dq, dk, dv), _package_backward(tensors, softmax_lse, None, softmax_scale))
 
 
 def _flash_attn_varlen_forward(
@@ -283,9 +295,8 @@ def _flash_attn_varlen_forward(
     return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None,
 ):  # fmt: skip
     _plain(dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes)
-    _longest(segments(cu_seqlens_q, None), max_seqlen_q, max_seqlen_k)
-    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-    return *_package_forward(q, k, v, cu_seqlens_q, None, softmax_scale), None, None
+    rows = _ragged(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return *_package_forward(q, k, v, rows, softmax_scale), None, None
 
 
 def _flash_attn_varlen_backward(
@@ -294,9 +305,9 @@ def _flash_attn_varlen_backward(
     alibi_slopes, deterministic, rng_state=None,
 ):  # fmt: skip
     _plain(dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes)
-    _longest(segments(cu_seqlens_q, None), max_seqlen_q, max_seqlen_k)
+    rows = _ragged(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     tensors = [dout, out, q, k, v]
-    found = _package_backward(tensors, softmax_lse, cu_seqlens_q, None, softmax_scale)
+    found = _package_backward(tensors, softmax_lse, rows, softmax_scale)
     _into((dq, dk, dv), found)
 
 
@@ -306,8 +317,8 @@ def _flash_attn_3_forward(
     softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1,
 ):  # fmt: skip
     _plain(causal, k_new, v_new, qv, out_, cu_seqlens_k_new)
-    _alike(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    return *_package_forward(q, k, v, cu_seqlens_q, seqused_q, softmax_scale), None, None
+    rows = _used(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
+    return *_package_forward(q, k, v, rows, softmax_scale), None, None
 
 
 def _flash_attn_3_backward(
@@ -316,9 +327,9 @@ def _flash_attn_3_backward(
     softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1,
 ):  # fmt: skip
     _plain(is_causal)
-    _alike(cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k)
+    rows = _used(cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k)
     tensors = [dout, out, q, k, v]
-    found = _package_backward(tensors, softmax_lse, cu_seqlens_q, sequed_q, softmax_scale)
+    found = _package_backward(tensors, softmax_lse, rows, softmax_scale)
     _into((dq, dk, dv), found)
 
 
@@ -329,8 +340,8 @@ def _flash_attn_fwd(
 ):  # fmt: skip
     assert return_lse
     _plain(causal)
-    _alike(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    return *_package_forward(q, k, v, cu_seqlens_q, seqused_q, softmax_scale), None, None
+    rows = _used(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
+    return *_package_forward(q, k, v, rows, softmax_scale), None, None
 
 
 def _flash_attn_bwd(
@@ -339,16 +350,20 @@ def _flash_attn_bwd(
     deterministic=False, dq=None, dk=None, dv=None,
 ):  # fmt: skip
     _plain(causal)
-    _alike(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    rows = _used(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
     tensors = [dout, out, q, k, v]
-    return *_package_backward(tensors, lse, cu_seqlens_q, seqused_q, softmax_scale), None
+    return *_package_backward(tensors, lse, rows, softmax_scale), None
 
 
-def _alike(starts: Any, other_starts: Any, used: Any, other_used: Any) -> None:
-    """Queries and keys have the same boundaries and the same numbers of used rows."""
-    for one, other in ((starts, other_starts), (used, other_used)):
-        assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
-    assert (starts is None) == (used is None)
+def _used(*given: Any) -> Sequences | None:
+    """The used rows between boundaries, of queries and keys; ``None`` where nothing is given."""
+    starts, key_starts, used, used_keys, longest, longest_keys = given
+    assert len({x is None for x in given}) == 1
+    if starts is None:
+        return None
+    for ends, numbers, limit in ((starts, used, longest), (key_starts, used_keys, longest_keys)):
+        assert max(numbers.tolist()) <= limit and int((ends[1:] - ends[:-1]).max()) <= limit
+    return sequences(segments(starts, used), segments(key_starts, used_keys))
 
 
 _PACKAGES: dict[str, tuple[Callable[..., Any], ...]] = {

@@ -163,9 +163,9 @@ def test_nothing_else_is_written(cpu_impl, native, lengths, dtype, generator):
     out, dq, dk, dv = (Fenced(shape, dtype, gap=5) for _ in range(4))
     lse = Fenced((2, 2, 30), torch.float32)
     with poisoned_memory():
-        native.rope3d_attention_forward_cpu(q, k, v, kv_len, 0.2, out.view, lse.view, 2)
+        native.rope3d_attention_forward_cpu(q, k, v, kv_len, None, 0.2, out.view, lse.view, 2)
         native.rope3d_attention_backward_cpu(
-            *(dout, out.view, lse.view, q, k, v, kv_len, 0.2, dq.view, dk.view, dv.view, 2)
+            *(dout, out.view, lse.view, q, k, v, kv_len, None, 0.2, dq.view, dk.view, dv.view, 2)
         )
     found = (out, lse, dq, dk, dv)
     for fenced, expected in zip(found, run(cpu_impl, (q, k, v, dout), lengths), strict=True):
@@ -221,7 +221,7 @@ def test_the_launchers_refuse_what_does_not_fit(native):
     lengths = torch.tensor([3, 1])
 
     def call(**changed):
-        given = {"q": x, "k": x, "v": x, "kv_len": lengths, "scale": 1.0}
+        given = {"q": x, "k": x, "v": x, "kv_len": lengths, "q_len": None, "scale": 1.0}
         given |= {"out": x.clone(), "lse": lse} | changed
         native.rope3d_attention_forward_cpu(*given.values(), 1)
 

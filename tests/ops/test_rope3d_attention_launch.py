@@ -84,6 +84,22 @@ def test_descriptors_and_products_ahead_change_no_more_than_the_order(
         assert_close(result, wanted)
 
 
+@pytest.mark.parametrize("arch", [90, 100])
+def test_descriptors_of_queries_of_their_own(triton_impl, arch, generator, monkeypatch):
+    """Each tensor's has the length of its own."""
+    q, *_, dout = draw_inputs((3, 140, 1, 64), generator, torch.bfloat16)
+    k, v, *_ = draw_inputs((3, 290, 1, 64), generator, torch.bfloat16)
+    queries, lengths = [140, 128, 5], [256, 0, 290]
+    for item in range(3):
+        for x, numbers in ((q, queries), (dout, queries), (k, lengths), (v, lengths)):
+            x[item, numbers[item] :] = torch.nan
+    expected = run("triton_impl", [q, k, v, dout], lengths, 0.125, queries)
+    monkeypatch.setattr(triton_impl, "_arch", lambda q: arch)
+    results = run("triton_impl", [q, k, v, dout], lengths, 0.125, queries)
+    for result, wanted in zip(results, expected, strict=True):
+        assert_close(result, wanted)
+
+
 def test_rows_that_no_descriptor_can_name_are_loaded_otherwise(triton_impl, generator, monkeypatch):
     inputs = draw_inputs((2, 70, 2, 16), generator, torch.bfloat16)
     expected = run("triton_impl", inputs, [70, 9], 0.25)
@@ -111,15 +127,27 @@ def test_programs_do_not_depend_on_their_order(triton_impl, generator):
 
 
 def specialisation(
-    kernel: str, arch: int, head_dim: int, dtype: str = "*bf16", aligned: bool = True
+    kernel: str,
+    arch: int,
+    head_dim: int,
+    dtype: str = "*bf16",
+    aligned: bool = True,
+    own: bool = False,
 ) -> Specialisation:
-    """What the launcher asks for, with lengths of samples and heads side by side."""
+    """What the launcher asks for, with lengths of samples and heads side by side.
+
+    own: with queries of their own
+    """
     tile = TILES[kernel](head_dim, arch, aligned)
     signature = {f"{name}_ptr": dtype for name in (*READ[kernel], *WRITTEN[kernel])}
     signature |= {"kv_len_ptr": "*i32", "lse_ptr": "*fp32"}
-    signature |= {"num_heads": "i32", "length": "i32", "scale": "fp32"}
+    signature |= {"num_heads": "i32", "length": "i32", "key_length": "i32", "scale": "fp32"}
     constants = {"D": head_dim, "BLOCK_D": tile.block, "QUERIES": tile.queries, "KEYS": tile.keys}
     constants["TMA"] = tile.descriptors
+    if own:
+        signature["q_len_ptr"] = "*i32"
+    else:
+        constants["q_len_ptr"] = None
     strided = READ[kernel]
     if kernel == "forward_kernel":
         constants["AHEAD"] = tile.ahead
@@ -133,7 +161,7 @@ def specialisation(
         kernel=kernel,
         signature=signature,
         constants=constants,
-        unaligned=("num_heads", "length"),
+        unaligned=("num_heads", "length", "key_length"),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         arch=arch,
@@ -144,7 +172,7 @@ def specialisation(
 def test_triton_kernels_compiled_ahead_are_lean(arch):
     """The matrix instructions are those of the architecture, and Hopper's wait for registers."""
     pytest.importorskip("triton")
-    choices = [{"head_dim": 128}, {"head_dim": 256}]
+    choices = [{"head_dim": 128}, {"head_dim": 256}, {"head_dim": 128, "own": True}]
     if arch == 90:
         choices += [{"head_dim": 64, "dtype": "*fp16"}, {"head_dim": 128, "aligned": False}]
     wanted = [specialisation(kernel, arch, **choice) for kernel in TILES for choice in choices]

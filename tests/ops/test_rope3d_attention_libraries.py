@@ -25,6 +25,7 @@ from hunyuan_fast.kernels.rope3d_attention.libraries import (
     flash_attn_4,
 )
 from tests.ops import rope3d_attention_libraries as stand_ins
+from tests.ops import rope3d_attention_parts as parts
 from tests.ops.test_rope3d_attention import draw_inputs, judge
 
 ROOM = "rope3d_attention"
@@ -63,6 +64,37 @@ def test_a_library_computes_attention_over_prefixes(library, lengths, libraries,
     judge("FlashAttention", results, inputs, lengths or [50] * batch, 0.3)
     assert all(x.shape == inputs[0].shape for x in (results[0], *results[2:]))
     assert results[1].shape == (batch, 3, 50) and results[1].is_contiguous()
+
+
+each_but_cudnn = pytest.mark.parametrize(
+    "library",
+    [each for each in stand_ins.LIBRARIES if each is not cudnn],
+    ids=lambda module: module.__name__.rsplit(".", 1)[-1],
+)
+
+
+@each_but_cudnn
+@pytest.mark.parametrize(
+    ("queries", "lengths"), [([21, 7, 0], [40, 0, 33]), ([20, 21, 1], None)], ids=str
+)
+def test_a_library_takes_queries_of_their_own(library, queries, lengths, libraries, generator):
+    q, _, _, dout = draw_inputs((3, 21, 2, 16), generator, torch.bfloat16)
+    k, v, *_ = draw_inputs((3, 40, 2, 16), generator, torch.bfloat16)
+    for x, numbers in ((q, queries), (dout, queries), (k, lengths), (v, lengths)):
+        for item, length in enumerate(numbers or ()):
+            x[item, length:] = torch.nan
+    numbers = None if lengths is None else torch.tensor(lengths), 0.3
+    q_len = torch.tensor(queries)
+    out, lse = library.forward(q, k, v, *numbers, None, q_len)
+    gradients = library.backward(dout, out, lse, q, k, v, *numbers, q_len)
+    results, inputs = [out, lse, *gradients], [q, k, v, dout]
+    judge("FlashAttention", results, inputs, lengths or [40] * 3, 0.3, queries)
+    assert lse.is_contiguous()
+
+
+@each_but_cudnn
+def test_parts_of_the_keys_come_to_the_whole(library, libraries, generator):
+    parts.judge_parts("FlashAttention", library, parts.draw_truth(generator, torch.bfloat16))
 
 
 @each_library
@@ -153,21 +185,31 @@ def _call(function, args, kwargs):
 
 
 @pytest.mark.parametrize(
-    ("library", "lengths"),
+    ("library", "lengths", "queries"),
     # Of cuDNN with boundaries torch describes no shapes.
-    [(flash, None), (flash, [40, 13]), (efficient, None), (efficient, [40, 13]), (cudnn, None)],
+    [
+        *((flash, None, None), (flash, [40, 13], None), (flash, None, [70, 4])),
+        *((efficient, None, None), (efficient, [40, 13], None), (efficient, None, [70, 4])),
+        (cudnn, None, None),
+    ],
 )
-def test_torch_takes_the_calls_on_tensors_without_memory(library, lengths):
+def test_torch_takes_the_calls_on_tensors_without_memory(library, lengths, queries):
     """The real operators of torch, as far as they go without a GPU: arguments and shapes."""
+    num_queries = 40 if queries is None else 70
     q, k, v, dout = (
-        torch.empty(2, 40, 3, 16, dtype=torch.bfloat16, device="meta") for _ in range(4)
+        torch.empty(2, length, 3, 16, dtype=torch.bfloat16, device="meta")
+        for length in (num_queries, 40, 40, num_queries)
     )
-    kv_len = None if lengths is None else torch.empty(2, dtype=torch.int64, device="meta")
-    out, lse = library.forward(q, k, v, kv_len, 0.25)
-    assert out.shape == q.shape and lse.shape == (2, 3, 40) and lse.dtype == torch.float32
+    kv_len, q_len = (
+        None if each is None else torch.empty(2, dtype=torch.int64, device="meta")
+        for each in (lengths, queries)
+    )
+    out, lse = library.forward(q, k, v, kv_len, 0.25, None, q_len)
+    assert out.shape == q.shape and lse.shape == (2, 3, num_queries) and lse.dtype == torch.float32
     if library is not efficient:  # whose description of backward, in torch, has no place for out
-        gradients = library.backward(dout, out, lse, q, k, v, kv_len, 0.25)
-        assert all(x.shape == q.shape and x.dtype == q.dtype for x in gradients)
+        gradients = library.backward(dout, out, lse, q, k, v, kv_len, 0.25, q_len)
+        for x, like in zip(gradients, (q, k, v), strict=True):
+            assert x.shape == like.shape and x.dtype == q.dtype
 
 
 def fake(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"):
@@ -186,6 +228,8 @@ def test_a_library_says_why_it_declines(library, libraries):
         assert "got 60" in reason(fake(1, 8, 2, 60))
         assert "got 520" in reason(fake(1, 8, 2, 520))
         assert "empty" in reason(fake(0, 8, 2, 64))
+        q, k = fake(1, 8, 2, 64), fake(1, 0, 2, 64)
+        assert "k of (1, 0, 2, 64)" in library.supports(q, k, k, None, 1.0, None, torch.ones(1))
         assert "adjacent" in reason(fake(1, 8, 64, 2).transpose(-1, -2).expand(1, 8, 2, 64))
     assert not library.VERIFIED_ON
 
@@ -210,6 +254,7 @@ def test_what_cudnn_cannot_do(libraries, monkeypatch):
     lengths = torch.ones(1)
     with FakeTensorMode():
         q = fake(1, 8, 2, 64)
+        assert "no q_len" in cudnn.supports(q, q, q, None, 1.0, None, lengths)
         monkeypatch.setattr(cudnn, "_backward_ragged", None)
         assert cudnn.supports(q, q, q, None, 1.0) is None
         assert "different lengths" in cudnn.supports(q, q, q, lengths, 1.0)

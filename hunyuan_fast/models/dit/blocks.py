@@ -10,6 +10,7 @@ from hunyuan_fast.modules.mlp import MLP, gelu
 from hunyuan_fast.modules.modulation import Modulation
 from hunyuan_fast.modules.norm import RMSNorm
 from hunyuan_fast.modules.rotary import Tables
+from hunyuan_fast.ops.context_attention import SharedTokens
 from hunyuan_fast.ops.fused_modulation import (
     gate_residual,
     gate_residual_layer_norm_modulate,
@@ -25,7 +26,7 @@ class DoubleStreamBlock(nn.Module):
 
     img: (B, L_video, E)    txt: (B, L_text, E)    vec: (B, E)
     rotary: cos and sin, each (L_video, D)
-    kv_len: (B,), L_video and the valid text tokens of each sample
+    kv_len: as ``JointAttention`` takes it: (B,), L_video and the valid text tokens of each sample
     returns: img, txt
 
     Both streams hold the same layers, under the prefixes ``img_`` and ``txt_``.
@@ -50,7 +51,7 @@ class DoubleStreamBlock(nn.Module):
                 self.add_module(f"{stream}_{name}", layer)
 
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, rotary: Tables, kv_len: Tensor
+        self, img: Tensor, txt: Tensor, vec: Tensor, rotary: Tables, kv_len: Tensor | SharedTokens
     ) -> tuple[Tensor, Tensor]:
         streams = {"img": img, "txt": txt}
         vectors = {stream: self._layer(stream, "mod")(vec) for stream in STREAMS}
@@ -108,7 +109,7 @@ class SingleStreamBlock(nn.Module):
 
     x: (B, L, E), video tokens before text tokens    vec: (B, E)
     rotary: cos and sin, each (L_video, D)
-    kv_len: (B,), L_video and the valid text tokens of each sample
+    kv_len: as ``JointAttention`` takes it: (B,), L_video and the valid text tokens of each sample
     returns: (B, L, E)
 
     Source: technical report, section 4.2; Dehghani et al., "Scaling Vision Transformers to 22
@@ -126,13 +127,17 @@ class SingleStreamBlock(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads)
         self.modulation = Modulation(dim, 3)
 
-    def forward(self, x: Tensor, vec: Tensor, rotary: Tables, kv_len: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, vec: Tensor, rotary: Tables, kv_len: Tensor | SharedTokens
+    ) -> Tensor:
         shift, scale, gate = self.modulation(vec)
         packed = self.linear1(layer_norm_modulate(x, shift, scale))
         qkv, hidden = packed.split(self.widths, dim=-1)
         return gate_residual(x, self.linear2(self._join(qkv, rotary, kv_len, hidden)), gate)
 
-    def _join(self, qkv: Tensor, rotary: Tables, kv_len: Tensor, hidden: Tensor) -> Tensor:
+    def _join(
+        self, qkv: Tensor, rotary: Tables, kv_len: Tensor | SharedTokens, hidden: Tensor
+    ) -> Tensor:
         """What attention gives, and beside it the activated features: (B, L, E + mlp_width)."""
         attend = partial(
             self.attention.of_packed,

@@ -9,11 +9,12 @@ from torch.utils.checkpoint import checkpoint
 
 from hunyuan_fast.models.dit.blocks import DoubleStreamBlock, FinalLayer, SingleStreamBlock
 from hunyuan_fast.models.dit.config import TransformerConfig
+from hunyuan_fast.models.dit.context_parallel import ContextParallel, HeldTokens
 from hunyuan_fast.models.dit.inputs import check_inputs, pack_text
 from hunyuan_fast.models.dit.refiner import TokenRefiner
 from hunyuan_fast.models.dit.windows import AttentionWindows
 from hunyuan_fast.models.weights import Pretrained
-from hunyuan_fast.modules.attention import JointAttention
+from hunyuan_fast.modules.attention import JointAttention, check_shareable
 from hunyuan_fast.modules.embedding import PatchEmbedding, TimestepEmbedder, unpatchify
 from hunyuan_fast.modules.mlp import EmbeddingMLP
 from hunyuan_fast.modules.rotary import rotary_tables
@@ -37,7 +38,8 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         config = self.config = TransformerConfig(**kwargs)
         self.gradient_checkpointing = False
         self.attention_grid: tuple[int, int, int] | None = None
-        self.tokens = Tokens()
+        self.tokens = Tokens()  # how they lie between the layers of the blocks
+        self.context: ContextParallel | None = None  # who shares the tokens of a call
         dim, sizes = config.hidden_size, (config.hidden_size, config.heads_num, config.mlp_width)
 
         self.img_in = PatchEmbedding(config.patch_size, config.in_channels, dim)
@@ -87,24 +89,28 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
                 f"latents must have the grid {self.attention_grid} of the attention windows, got "
                 f"{(t, h, w)}; rescale the windows, or set_attention(windows='dense')"
             )
-        rotary = rotary_tables((t, h, w), config.rope_dim_list, config.rope_theta, latents.device)
-
         text_states, text_len = pack_text(text_states, text_mask)
-        vec = self._conditioning(timestep, pooled_text, guidance)
-        img = self.img_in(latents)
-        txt = self.txt_in(text_states, text_len, timestep)
+        num_video = t * h * w
+        if self.context is None:
+            held = HeldTokens.all_of_them(num_video, text_len)
+        else:
+            held = self.context.hold(num_video, text_states.shape[1], text_len)
+        tables = rotary_tables((t, h, w), config.rope_dim_list, config.rope_theta, latents.device)
+        rotary = tables[0][held.video], tables[1][held.video]
 
-        num_video = img.shape[1]
-        kv_len = num_video + text_len
+        vec = self._conditioning(timestep, pooled_text, guidance)
+        img = self.img_in(latents, held.video)
+        txt = self.txt_in(text_states, text_len, timestep)[:, held.text]
         img, txt = self.tokens.divide(img, txt)
         for block in self.double_blocks:
-            img, txt = self._run(block, img, txt, vec, rotary, kv_len)
+            img, txt = self._run(block, img, txt, vec, rotary, held.valid)
         x = self.tokens.join(img, txt)
         for block in self.single_blocks:
-            x = self._run(block, x, vec, rotary, kv_len)
+            x = self._run(block, x, vec, rotary, held.valid)
         x = self.tokens.whole(x)
 
-        return unpatchify(self.final_layer(x[:, :num_video], vec), (t, h, w), config.patch_size)
+        velocity = held.whole(self.final_layer(x[:, : held.num_video], vec))
+        return unpatchify(velocity, (t, h, w), config.patch_size)
 
     def _conditioning(
         self, timestep: Tensor, pooled_text: Tensor, guidance: Tensor | None
@@ -133,8 +139,11 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         precision: "same" as the weights, or "fp8": e4m3 codes in both products, inference only
         windows: what every head of every block sees; the model then takes latents of their grid
             alone. "dense": everything
-        Raises ValueError for a choice that does not exist, and for windows of another model.
+        Raises ValueError for a choice that does not exist, for windows of another model, and for
+        what processes that share the tokens of a video do not have.
         """
+        if self.context is not None:
+            check_shareable(precision, windows)
         names = self.attention_blocks()
         patterns: dict[str, SlidingTiles | Literal["dense"]] = {}
         if windows == "dense":

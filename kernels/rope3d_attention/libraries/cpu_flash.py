@@ -19,25 +19,37 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def supports(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> str | None:
     """``None`` when the kernel takes these tensors, else the reason."""
     if q.device.type != "cpu":
         return f"the flash kernel for CPUs runs on cpu, got {q.device.type}"
-    if q.numel() == 0:
-        return f"the tensors are empty, got q of shape {tuple(q.shape)}"
+    if q.numel() == 0 or (q_len is not None and k.numel() == 0):
+        return f"the tensors are empty, got q of shape {tuple(q.shape)}, k of {tuple(k.shape)}"
     if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
         return "the features of q, k and v must be adjacent in memory"
     return None
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L)."""
     batch, length, num_heads, _ = q.shape
-    prefixes = _prefixes(kv_len, batch, length)
-    if prefixes == [(slice(0, batch), length)]:
+    prefixes = _prefixes(q, k, kv_len, q_len)
+    if prefixes == [_whole(q, k)]:
         result, lse = _forward(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)
         result = result.transpose(1, 2)
         return (result if out is None else out.copy_(result)), lse.contiguous()
@@ -46,13 +58,15 @@ def forward(
         out = q.new_empty(q.shape)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty((batch, num_heads, length), dtype=lse_dtype)
-    for items, valid in prefixes:
-        if valid:
-            prefix = [x[items, :valid].transpose(1, 2) for x in (q, k, v)]
-            result, lse[items, :, :valid] = _forward(*prefix, scale=scale)
-            out[items, :valid] = result.transpose(1, 2)
-        out[items, valid:] = 0
-        lse[items, :, valid:] = -torch.inf
+    for items, queries, keys in prefixes:
+        if queries:
+            parts = (q[items, :queries], k[items, :keys], v[items, :keys])
+            result, lse[items, :, :queries] = _forward(
+                *(x.transpose(1, 2) for x in parts), scale=scale
+            )
+            out[items, :queries] = result.transpose(1, 2)
+        out[items, queries:] = 0
+        lse[items, :, queries:] = -torch.inf
     return out, lse
 
 
@@ -65,34 +79,49 @@ def backward(
     v: Tensor,
     kv_len: Tensor | None,
     scale: float,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, L, N, D)."""
-    batch, length = q.shape[:2]
-    prefixes = _prefixes(kv_len, batch, length)
-    whole = prefixes == [(slice(0, batch), length)]
+    """Gradients like q, k and v."""
+    prefixes = _prefixes(q, k, kv_len, q_len)
+    whole = prefixes == [_whole(q, k)]
+    if q_len is not None:
+        # A row that has seen no key has no probabilities.
+        lse = lse.masked_fill(lse.isneginf(), torch.inf)
     gradients = [] if whole else [x.new_empty(x.shape) for x in (q, k, v)]
-    for items, valid in prefixes:
-        if valid:
-            prefix = [x[items, :valid].transpose(1, 2) for x in (dout, q, k, v, out)]
-            parts = _backward(*prefix, lse[items, :, :valid], 0.0, False, scale=scale)
+    for items, queries, keys in prefixes:
+        ends = queries, keys, keys
+        if queries:
+            rows = (dout, queries), *zip((q, k, v), ends, strict=True), (out, queries)
+            prefix = [x[items, :end].transpose(1, 2) for x, end in rows]
+            parts = _backward(*prefix, lse[items, :, :queries], 0.0, False, scale=scale)
             if whole:
                 dq, dk, dv = (part.transpose(1, 2) for part in parts)
                 return dq, dk, dv
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient[items, :valid] = part.transpose(1, 2)
-        for gradient in gradients:
-            gradient[items, valid:] = 0
+            for gradient, part, end in zip(gradients, parts, ends, strict=True):
+                gradient[items, :end] = part.transpose(1, 2)
+        for gradient, end in zip(gradients, ends, strict=True):
+            gradient[items, end:] = 0
     dq, dk, dv = gradients
     return dq, dk, dv
 
 
-def _prefixes(kv_len: Tensor | None, batch: int, length: int) -> list[tuple[slice, int]]:
-    """Slices of the batch and the number of valid tokens that each of them shares."""
-    lengths = [length] * batch if kv_len is None else kv_len.tolist()
-    slices: list[tuple[slice, int]] = []
+# Samples, and how many queries and keys each of them has: some of both, or none.
+_Prefix = tuple[slice, int, int]
+
+
+def _whole(q: Tensor, k: Tensor) -> _Prefix:
+    return slice(0, q.shape[0]), q.shape[1], k.shape[1]
+
+
+def _prefixes(q: Tensor, k: Tensor, kv_len: Tensor | None, q_len: Tensor | None) -> list[_Prefix]:
+    """Slices of the batch whose samples are alike."""
+    keys = [k.shape[1]] * k.shape[0] if kv_len is None else kv_len.tolist()
+    queries = keys if q_len is None else q_len.tolist()
+    slices: list[_Prefix] = []
     first = 0
-    for valid, run in groupby(lengths):
+    for (asking, asked), run in groupby(zip(queries, keys, strict=True)):
         after = first + len(list(run))
-        slices.append((slice(first, after), valid))
+        both = (asking, asked) if asking and asked else (0, 0)
+        slices.append((slice(first, after), *both))
         first = after
     return slices

@@ -26,12 +26,20 @@ _MOST_NUMBERS = 2**31 - 1
 
 
 def supports(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> str | None:
     """``None`` when the kernel takes these tensors, else the reason."""
     reason = prefixes.half_unfit(q, k, v, "cuDNN attention", widest=128)
     if reason is not None:
         return reason
+    if q_len is not None:
+        return "cuDNN attention is given queries of the tokens of the keys here, and no q_len"
     if reason := _lacking():
         return reason
     if kv_len is not None and not (_forward_ragged and _backward_ragged):
@@ -45,7 +53,13 @@ def supports(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L)."""
     batch, length, num_heads, _ = q.shape
@@ -74,8 +88,9 @@ def backward(
     v: Tensor,
     kv_len: Tensor | None,
     scale: float,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, L, N, D)."""
+    """Gradients like q, k and v."""
     batch, length, num_heads, _ = q.shape
     # Gradients come in the strides of their tensors, and torch plans with those of q for out and
     # dout as well: all of them alike and without gaps leaves nothing to be guessed.

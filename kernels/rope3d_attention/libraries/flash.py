@@ -16,24 +16,37 @@ _backward = torch.ops.aten._flash_attention_backward.default
 
 
 def supports(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> str | None:
     """``None`` when the kernel takes these tensors, else the reason."""
     return prefixes.half_unfit(q, k, v, "FlashAttention")
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L)."""
     batch, length = q.shape[:2]
-    options = length, length, 0.0, False, False
-    if kv_len is None:
+    options = length, k.shape[1], 0.0, False, False
+    meeting = prefixes.meeting(k, kv_len, q_len)
+    if meeting is None:
         result, lse, *_ = _forward(q, k, v, None, None, *options, scale=scale)
     else:
-        ends, padding = prefixes.halves(q, kv_len), prefixes.padding_of(q, kv_len)
+        ends, padding = prefixes.boundaries(q, k, meeting), prefixes.padding_of(q, meeting[0])
         flat = [x.flatten(0, 1) for x in (q, k, v)]
-        result, lse, *_ = _forward(*flat, ends, ends, *options, scale=scale)
+        result, lse, *_ = _forward(*flat, *ends, *options, scale=scale)
         result = prefixes.without_padding(result.unflatten(0, (batch, length)), padding)
         lse = prefixes.heads_first(lse, batch, padding)
     return (result if out is None else out.copy_(result)), lse
@@ -48,21 +61,20 @@ def backward(
     v: Tensor,
     kv_len: Tensor | None,
     scale: float,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, L, N, D)."""
-    batch, length = q.shape[:2]
+    """Gradients like q, k and v."""
     # Without dropout the kernel reads no random state; it still asks for two tensors of that kind.
     random = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-    options = length, length, 0.0, False, *random
+    options = q.shape[1], k.shape[1], 0.0, False, *random
     given = [x if x.stride(-1) == 1 else x.contiguous() for x in (dout, q, k, v, out)]
-    if kv_len is None:
+    meeting = prefixes.meeting(k, kv_len, q_len)
+    if meeting is None:
         # Kernels of equal lengths are told so by two missing tensors.
         dq, dk, dv = _backward(*given, lse, None, None, *options, scale=scale)
         return dq, dk, dv
-    ends, padding = prefixes.halves(q, kv_len), prefixes.padding_of(q, kv_len)
     flat = [x.flatten(0, 1) for x in given]
-    gradients = _backward(*flat, prefixes.flattened(lse), ends, ends, *options, scale=scale)
-    dq, dk, dv = (
-        prefixes.without_padding(x.unflatten(0, (batch, length)), padding) for x in gradients
-    )
-    return dq, dk, dv
+    ends = prefixes.boundaries(q, k, meeting)
+    found = _backward(*flat, prefixes.flattened(lse), *ends, *options, scale=scale)
+    dq, dk, dv = (x.unflatten(0, like.shape[:2]) for x, like in zip(found, (q, k, v), strict=True))
+    return prefixes.gradients(dq, dk, dv, meeting)

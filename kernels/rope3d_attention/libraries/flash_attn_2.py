@@ -25,7 +25,13 @@ _NEEDS = {
 
 
 def supports(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> str | None:
     """``None`` when the package is here and takes these tensors, else the reason."""
     reason = _missing()
@@ -37,18 +43,25 @@ def supports(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L)."""
     batch, length = q.shape[:2]
     options = {"softmax_scale": scale, **_OPTIONS, **_RESULT}
-    if kv_len is None:
+    meeting = prefixes.meeting(k, kv_len, q_len)
+    if meeting is None:
         result, lse, *_ = _library()._flash_attn_forward(q, k, v, **options)
     else:
-        padding = prefixes.padding_of(q, kv_len)
+        padding = prefixes.padding_of(q, meeting[0])
         flat = [x.flatten(0, 1) for x in (q, k, v)]
         result, lse, *_ = _library()._flash_attn_varlen_forward(
-            *flat, **_boundaries(q, kv_len), **options
+            *flat, **_boundaries(q, k, meeting), **options
         )
         result = prefixes.without_padding(result.unflatten(0, (batch, length)), padding)
         lse = prefixes.heads_first(lse, batch, padding)
@@ -64,31 +77,31 @@ def backward(
     v: Tensor,
     kv_len: Tensor | None,
     scale: float,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, L, N, D)."""
+    """Gradients like q, k and v."""
     options = {"softmax_scale": scale, **_OPTIONS, "deterministic": False}
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    dq, dk, dv = (torch.empty(x.shape, dtype=q.dtype, device=q.device) for x in (q, k, v))
     given, into = (dout, q, k, v, out), {"dq": dq, "dk": dk, "dv": dv}
-    if kv_len is None:
+    meeting = prefixes.meeting(k, kv_len, q_len)
+    if meeting is None:
         _library()._flash_attn_backward(*given, lse.contiguous(), **into, **options)
         return dq, dk, dv
-    padding = prefixes.padding_of(q, kv_len)
     into = {name: x.flatten(0, 1) for name, x in into.items()}
     _library()._flash_attn_varlen_backward(
         *(x.flatten(0, 1) for x in given),
         prefixes.flattened(lse),
         **into,
-        **_boundaries(q, kv_len),
+        **_boundaries(q, k, meeting),
         **options,
     )
-    dq, dk, dv = (prefixes.without_padding(x, padding) for x in (dq, dk, dv))
-    return dq, dk, dv
+    return prefixes.gradients(dq, dk, dv, meeting)
 
 
-def _boundaries(q: Tensor, kv_len: Tensor) -> dict[str, Tensor | int]:
-    ends, length = prefixes.halves(q, kv_len), q.shape[1]
-    both = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
-    return {**both, "max_seqlen_q": length, "max_seqlen_k": length}
+def _boundaries(q: Tensor, k: Tensor, meeting: prefixes.Meeting) -> dict[str, Tensor | int]:
+    ends, key_ends = prefixes.boundaries(q, k, meeting)
+    both = {"cu_seqlens_q": ends, "cu_seqlens_k": key_ends}
+    return {**both, "max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1]}
 
 
 @cache

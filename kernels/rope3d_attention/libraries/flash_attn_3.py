@@ -1,6 +1,6 @@
 """FlashAttention 3, the module ``flash_attn_interface``: Hopper, lengths as numbers of rows.
 
-Boundaries are those of whole samples; how many rows of each are used is ``kv_len``.
+Boundaries are those of whole samples; how many rows of each are used say ``q_len`` and ``kv_len``.
 """
 
 from functools import cache
@@ -24,7 +24,13 @@ _NEEDS = {
 
 
 def supports(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> str | None:
     """``None`` when the package is here and takes these tensors, else the reason."""
     reason = _missing()
@@ -36,21 +42,28 @@ def supports(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L)."""
     batch, length = q.shape[:2]
     run = _library()._flash_attn_forward
-    if kv_len is None:
+    meeting = prefixes.meeting(k, kv_len, q_len)
+    if meeting is None:
         result, lse, *_ = run(q, k, v, softmax_scale=scale, causal=False)
     else:
-        padding = prefixes.padding_of(q, kv_len)
-        used = prefixes.used_rows(kv_len)
+        padding = prefixes.padding_of(q, meeting[0])
+        used, used_keys = prefixes.used(meeting)
         result, lse, *_ = run(
             *(x.flatten(0, 1) for x in (q, k, v)),
-            **_boundaries(q),
+            **_boundaries(q, k),
             seqused_q=used,
-            seqused_k=used,
+            seqused_k=used_keys,
             softmax_scale=scale,
             causal=False,
         )
@@ -68,35 +81,34 @@ def backward(
     v: Tensor,
     kv_len: Tensor | None,
     scale: float,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, L, N, D)."""
+    """Gradients like q, k and v."""
     run = _library()._flash_attn_backward
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    dq, dk, dv = (torch.empty(x.shape, dtype=q.dtype, device=q.device) for x in (q, k, v))
     given, into = (dout, q, k, v, out), {"dq": dq, "dk": dk, "dv": dv}
-    if kv_len is None:
+    meeting = prefixes.meeting(k, kv_len, q_len)
+    if meeting is None:
         run(*given, lse.contiguous(), **into, softmax_scale=scale, is_causal=False)
         return dq, dk, dv
-    padding = prefixes.padding_of(q, kv_len)
-    used = prefixes.used_rows(kv_len)
+    used, used_keys = prefixes.used(meeting)
     run(
         *(x.flatten(0, 1) for x in given),
         prefixes.flattened(lse),
         **{name: x.flatten(0, 1) for name, x in into.items()},
-        **_boundaries(q),
+        **_boundaries(q, k),
         sequed_q=used,
-        sequed_k=used,
+        sequed_k=used_keys,
         softmax_scale=scale,
         is_causal=False,
     )
-    dq, dk, dv = (prefixes.without_padding(x, padding) for x in (dq, dk, dv))
-    return dq, dk, dv
+    return prefixes.gradients(dq, dk, dv, meeting)
 
 
-def _boundaries(q: Tensor) -> dict[str, Tensor | int]:
-    batch, length = q.shape[:2]
-    ends = prefixes.starts(batch, length, q.device)
-    both = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
-    return {**both, "max_seqlen_q": length, "max_seqlen_k": length}
+def _boundaries(q: Tensor, k: Tensor) -> dict[str, Tensor | int]:
+    ends, key_ends = prefixes.wholes(q, k)
+    both = {"cu_seqlens_q": ends, "cu_seqlens_k": key_ends}
+    return {**both, "max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1]}
 
 
 @cache

@@ -1,7 +1,7 @@
 """FlashAttention 4, the package ``flash-attn-4``: Hopper and Blackwell, lengths as numbers of rows.
 
 Its kernels are compiled when they are first called. Boundaries are those of whole samples; how many
-rows of each are used is ``kv_len``.
+rows of each are used say ``q_len`` and ``kv_len``.
 """
 
 from functools import cache
@@ -25,7 +25,13 @@ _NEEDS = {
 
 
 def supports(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> str | None:
     """``None`` when the package is here and takes these tensors, else the reason."""
     reason = _missing()
@@ -37,18 +43,25 @@ def supports(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L)."""
     batch, length = q.shape[:2]
     run = _library()._flash_attn_fwd
     options = {"softmax_scale": scale, "causal": False, "return_lse": True}
-    if kv_len is None:
+    meeting = prefixes.meeting(k, kv_len, q_len)
+    if meeting is None:
         result, lse, *_ = run(q, k, v, **options)
     else:
-        padding = prefixes.padding_of(q, kv_len)
+        padding = prefixes.padding_of(q, meeting[0])
         flat = (x.flatten(0, 1) for x in (q, k, v))
-        result, lse, *_ = run(*flat, **_lengths(q, kv_len), **options)
+        result, lse, *_ = run(*flat, **_lengths(q, k, meeting), **options)
         result = prefixes.without_padding(result.unflatten(0, (batch, length)), padding)
         lse = prefixes.heads_first(lse, batch, padding)
     return (result if out is None else out.copy_(result)), lse.contiguous()
@@ -63,29 +76,27 @@ def backward(
     v: Tensor,
     kv_len: Tensor | None,
     scale: float,
+    q_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, L, N, D)."""
-    batch, length = q.shape[:2]
+    """Gradients like q, k and v."""
     run = _library()._flash_attn_bwd
     given = q, k, v, out, dout
     options = {"softmax_scale": scale, "causal": False}
-    if kv_len is None:
+    meeting = prefixes.meeting(k, kv_len, q_len)
+    if meeting is None:
         dq, dk, dv, *_ = run(*given, lse.contiguous(), **options)
         return dq, dk, dv
-    padding = prefixes.padding_of(q, kv_len)
     flat = (x.flatten(0, 1) for x in given)
-    gradients = run(*flat, prefixes.flattened(lse), **_lengths(q, kv_len), **options)
-    dq, dk, dv = (
-        prefixes.without_padding(x.unflatten(0, (batch, length)), padding) for x in gradients[:3]
-    )
-    return dq, dk, dv
+    found = run(*flat, prefixes.flattened(lse), **_lengths(q, k, meeting), **options)[:3]
+    dq, dk, dv = (x.unflatten(0, like.shape[:2]) for x, like in zip(found, (q, k, v), strict=True))
+    return prefixes.gradients(dq, dk, dv, meeting)
 
 
-def _lengths(q: Tensor, kv_len: Tensor) -> dict[str, Any]:
-    batch, length = q.shape[:2]
-    ends, used = prefixes.starts(batch, length, q.device), prefixes.used_rows(kv_len)
-    both = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "seqused_q": used, "seqused_k": used}
-    return {**both, "max_seqlen_q": length, "max_seqlen_k": length}
+def _lengths(q: Tensor, k: Tensor, meeting: prefixes.Meeting) -> dict[str, Any]:
+    (ends, key_ends), (used, used_keys) = prefixes.wholes(q, k), prefixes.used(meeting)
+    both = {"cu_seqlens_q": ends, "cu_seqlens_k": key_ends}
+    both |= {"seqused_q": used, "seqused_k": used_keys}
+    return {**both, "max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1]}
 
 
 @cache
