@@ -64,12 +64,14 @@ def test_lengths_of_another_pass_are_noticed(ranks: RankPool) -> None:
     ranks.run(2, cases.lengths_of_another_pass)
 
 
-@MODES
-def test_bf16_is_as_good_as_one_process(ranks: RankPool, sequence_parallel: bool) -> None:
+def test_bf16_is_as_good_as_one_process(ranks: RankPool) -> None:
     model, dtype = cases.transformer().bfloat16(), torch.bfloat16
     plain, plain_gradients = cases.step(model, cases.CASES, dtype)
     exact, exact_gradients = cases.step(model.double(), cases.CASES, dtype, compute=torch.float64)
-    for found in ranks.run(3, cases.low_precision, tensors(3, sequence_parallel)):
+    for found in (
+        ranks.run(ranks_of, cases.low_precision, tensors(ranks_of, divide))[-1]
+        for ranks_of, divide in ((2, False), (4, True))
+    ):
         for ours, truth, theirs in zip(found["velocities"], exact, plain, strict=True):
             assert_as_good_as(ours, truth, theirs)
 
