@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed import generating
+from tests.distributed import generate_cases
 from tests.kit.ranks import RankPool
 
 
@@ -45,8 +45,8 @@ def test_the_videos_of_one_process(
     """Also when the ranks are given different seeds, prompts and guidance."""
     others = {"seed": 99, "prompt": ["something", "else"], "num_inference_steps": 3}
     changes = [{"output_type": output_type}, *({**others, "seed": rank} for rank in range(1, 4))]
-    found = ranks.run(world, generating.together, layout, changes[:world])
-    assert difference(found, generating.alone(output_type=output_type)) <= 1e-4
+    found = ranks.run(world, generate_cases.together, layout, changes[:world])
+    assert difference(found, generate_cases.alone(output_type=output_type)) <= 1e-4
     per_video = world // layout.get("dp", 1)
     for first in range(0, world, per_video):
         group = found[first : first + per_video]
@@ -61,18 +61,20 @@ def test_uneven_groups_guidance_and_given_noise(
     noise = torch.randn(3, 4, 2, 6, 4, generator=generator)
     changes = {"prompt": ["one", "two", "three"], "negative_prompt": ["a", "b", "c"]}
     changes |= {"true_cfg_scale": 2.0, "output_type": "latent"}
-    found = ranks.run(2, generating.together, {"dp": 2}, [changes | {"latents": noise}, changes])
-    expected = generating.alone(**changes, latents=noise)
+    found = ranks.run(
+        2, generate_cases.together, {"dp": 2}, [changes | {"latents": noise}, changes]
+    )
+    expected = generate_cases.alone(**changes, latents=noise)
     assert difference(found, expected) <= 1e-4
     assert [len(rank["calls"][0]["latents"]) for rank in found] == [4, 2]
 
 
 def test_errors_of_the_call_reach_all(ranks: RankPool) -> None:
     """Nobody waits for a rank that has refused."""
-    said = ranks.run(2, generating.refused, {"cp": 2}, {"num_frames": 6})
+    said = ranks.run(2, generate_cases.refused, {"cp": 2}, {"num_frames": 6})
     assert said[0].startswith("ValueError: num_frames must be")
     assert said[1].startswith("PeerError: rank 0 has failed: ValueError: num_frames must be")
-    said = ranks.run(2, generating.refused, {"dp": 2}, {"prompt": "one"})
+    said = ranks.run(2, generate_cases.refused, {"dp": 2}, {"prompt": "one"})
     assert said[0].startswith("ValueError: num_videos must be at least 2 in all")
 
 
@@ -81,11 +83,11 @@ def test_layouts_that_do_not_fit(ranks: RankPool) -> None:
         ({"cp": 3}, "dp x cp x tp must be the number of processes, 2"),
         ({"tp": 4}, "tp must divide the 2 heads"),
     ):
-        assert all(words in said for said in ranks.run(2, generating.not_fitting, layout))
+        assert all(words in said for said in ranks.run(2, generate_cases.not_fitting, layout))
 
 
 def test_what_one_has_for_all(ranks: RankPool) -> None:
-    found = ranks.run(3, generating.exchanged)
+    found = ranks.run(3, generate_cases.exchanged)
     expected = torch.arange(6).to(torch.bfloat16).view(2, 3).T
     for rank in found:
         assert rank["object"] == {"of": 0}
