@@ -1,13 +1,20 @@
 """The merge of what a hop of ring attention found into what the hops before it did."""
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks import shapes
 from benchmarks.kit.case import FORWARD, TRAINING, Case, Peer, Work, compiled
+from benchmarks.kit.discover import SCRATCH
+from benchmarks.kit.pairing import Rounds
+from benchmarks.ring_timeline import draw, timelines
 from hunyuan_fast.ops import merge_attention
+
+# A call takes a few milliseconds.
+_ROUNDS = Rounds(budget=5.0, least=7, most=40)
 
 
 def cases(device: torch.device, *, quick: bool) -> list[Case]:
@@ -24,6 +31,14 @@ def cases(device: torch.device, *, quick: bool) -> list[Case]:
     return [
         _case(f"{clip.name} on 2", clip.joint // 2, heads, dim, dtype) for dtype in (fp32, bf16)
     ]
+
+
+def more(path: Path, *, quick: bool) -> list[Path]:
+    """When a ring of processes computes, sends and waits: a plot beside the result, and traces."""
+    found = timelines(SCRATCH, length=128 if quick else 1024)
+    plot = path.with_name(f"{path.stem}-timeline.png")
+    draw(found, plot)
+    return [plot, *sorted(SCRATCH.glob("ring_attention-rank*.json"))]
 
 
 def _case(name: str, length: int, heads: int, dim: int, dtype: torch.dtype) -> Case:
@@ -47,6 +62,7 @@ def _case(name: str, length: int, heads: int, dim: int, dtype: torch.dtype) -> C
             Peer("eager", lambda: _eager),
             Peer("torch.compile", compiled(_eager)),
         ),
+        rounds=_ROUNDS,
     )
 
 
