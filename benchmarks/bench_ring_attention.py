@@ -10,7 +10,7 @@ from benchmarks import shapes
 from benchmarks.kit.case import FORWARD, TRAINING, Case, Peer, Work, compiled
 from benchmarks.kit.discover import SCRATCH
 from benchmarks.kit.pairing import Rounds
-from benchmarks.ring_timeline import draw, timelines
+from benchmarks.ring_timeline import LENGTH, draw, timelines
 from hunyuan_fast.ops import merge_attention
 
 # A call takes a few milliseconds.
@@ -35,7 +35,7 @@ def cases(device: torch.device, *, quick: bool) -> list[Case]:
 
 def more(path: Path, *, quick: bool) -> list[Path]:
     """When a ring of processes computes, sends and waits: a plot beside the result, and traces."""
-    found = timelines(SCRATCH, length=128 if quick else 1024)
+    found = timelines(SCRATCH, length=256 if quick else LENGTH)
     plot = path.with_name(f"{path.stem}-timeline.png")
     draw(found, plot)
     return [plot, *sorted(SCRATCH.glob("ring_attention-rank*.json"))]
