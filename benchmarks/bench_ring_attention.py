@@ -9,12 +9,8 @@ from torch import Tensor
 from benchmarks import shapes
 from benchmarks.kit.case import FORWARD, TRAINING, Case, Peer, Work, compiled
 from benchmarks.kit.discover import SCRATCH
-from benchmarks.kit.pairing import Rounds
 from benchmarks.ring_timeline import LENGTH, draw, timelines
 from hunyuan_fast.ops import merge_attention
-
-# A call takes a few milliseconds.
-_ROUNDS = Rounds(budget=5.0, least=7, most=40)
 
 
 def cases(device: torch.device, *, quick: bool) -> list[Case]:
@@ -62,7 +58,6 @@ def _case(name: str, length: int, heads: int, dim: int, dtype: torch.dtype) -> C
             Peer("eager", lambda: _eager),
             Peer("torch.compile", compiled(_eager)),
         ),
-        rounds=_ROUNDS,
     )
 
 

@@ -123,11 +123,8 @@ def draw(found: list[Timeline], path: Path) -> None:
     axis.set_yticks(range(len(found)), labels[::-1])
     axis.set_xlabel("milliseconds; where a black line is, the backward pass begins")
     kinds = {COMPUTE: "compute", WAIT: "waiting", "message": "message"}
-    axis.legend(
-        loc="center left",
-        bbox_to_anchor=(1.0, 0.5),
-        handles=[Patch(color=_COLORS[k], label=v) for k, v in kinds.items()],
-    )
+    patches = [Patch(color=_COLORS[kind], label=label) for kind, label in kinds.items()]
+    axis.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.set_title(f"ring attention on {len(found)} processes, a message: {_SHARE:.0%} of a hop")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90, metadata={"Software": None})
