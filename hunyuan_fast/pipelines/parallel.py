@@ -125,6 +125,10 @@ def parallelize(pipeline: HunyuanVideoPipeline, layout: Layout, mesh: DeviceMesh
         from hunyuan_fast.models.dit.parallel import parallelize as share_transformer
 
         share_transformer(pipeline.transformer, mesh, layout)
+    if layout.zero >= 2:
+        from hunyuan_fast.models.dit.fully_sharded import shard_states
+
+        shard_states(pipeline.transformer, mesh, layout)
     pipeline.ranks = Ranks(mesh)
     if not pipeline.ranks.is_first_of_video:
         for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):

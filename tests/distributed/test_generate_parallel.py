@@ -37,6 +37,8 @@ def difference(found: list[dict[str, Any]], expected: Tensor) -> float:
         (2, {"cp": 2, "ulysses": 2}, "latent"),
         (2, {"dp": 2}, "float"),
         (4, {"dp": 2, "cp": 2}, "latent"),
+        (2, {"tp": 2}, "latent"),
+        (4, {"cp": 2, "tp": 2, "zero": 3}, "latent"),
     ],
 )
 def test_the_videos_of_one_process(

@@ -24,4 +24,3 @@ def parallelize(transformer: HunyuanVideoTransformer, mesh: DeviceMesh, layout: 
     if not transformer.cuts:
         parallelize_tensors(transformer, mesh, sequence_parallel=layout.sequence_parallel)
     parallelize_context(transformer, mesh)
-    parallelize_tensors(transformer, mesh, sequence_parallel=layout.sequence_parallel)
