@@ -135,6 +135,7 @@ def _answer(
             timeout=timedelta(seconds=timeout),
         )
         try:
+            dist.barrier()  # who fails at once must not leave before all have met
             torch.manual_seed(rank)
             return False, getattr(importlib.import_module(module), function)(*args)
         finally:
