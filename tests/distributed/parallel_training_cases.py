@@ -32,13 +32,11 @@ STEPS = 4
 MUON = OptimConfig(lr=1e-4, muon_lr=1e-2)
 # The norm of the gradients is above this.
 OPTIM = OptimConfig(lr=1e-4, max_grad_norm=0.1, weight_decay=0.1)
-# 12 heads and the channels of the networks are shared by 2, 3 and 4 processes.
-MODEL = {"hidden_size": 48, "heads_num": 6, "rope_dim_list": (2, 2, 4), "mlp_width_ratio": 1.1}
 
 
 def transformer() -> HunyuanVideoTransformer:
     """The same weights on every rank."""
-    return fully_sharded_cases.transformer(**MODEL)
+    return fully_sharded_cases.transformer(**fully_sharded_cases.HEADS)
 
 
 class WordPrompts:
