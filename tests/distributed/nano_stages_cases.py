@@ -74,7 +74,7 @@ def compare(kinds: tuple[str, ...], ranks: int) -> dict[str, tuple[float, float]
     """Differences of losses and of gradients from those of one process, in units of the largest."""
     team, found = Team.of(Layout(dp=ranks), CPU), {}
     for kind in kinds:
-        with mock.patch.object(torch, "autocast", lambda *_: nullcontext()):
+        with mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()):
             loss, wanted = gradients(kind, Team())
             many, grads = gradients(kind, team)
         assert grads.keys() == wanted.keys()

@@ -85,7 +85,7 @@ def stage_of(model: HunyuanVideoTransformer, team: Team, kind: str = "flow") -> 
 @contextmanager
 def in_float32() -> Iterator[None]:
     """Without autocast, whose roundings depend on how a batch is dealt out."""
-    with mock.patch.object(stages.torch, "autocast", lambda *_: nullcontext()):
+    with mock.patch.object(stages.torch, "autocast", lambda *_, **__: nullcontext()):
         yield
 
 
