@@ -45,7 +45,7 @@ def build_optimizers(
     """One or two optimisers over the trainable parameters of ``module``, AdamW first.
 
     team: with zero = 1 each process updates some parameters and sends them to the others
-    wholes: of parameters in parts, for Muon, which needs whole matrices
+    wholes: of parameters in parts, for Muon, which needs whole matrices; None: they are whole
     Raises ValueError for what cannot be updated exactly.
     """
     team = team or Team()
@@ -67,8 +67,9 @@ def build_optimizers(
                 f"that share a matrix update different ones, got {config.muon_lr}; take another "
                 "zero, or train by AdamW alone"
             )
-        matrices = [p for _, p in inner]
-        settings = {"lr": config.muon_lr, "names": {p: name for name, p in inner}, "wholes": wholes}
+        matrices, settings = [p for _, p in inner], {"lr": config.muon_lr}
+        if wholes is not None and team.layout.zero != 1:
+            settings |= {"names": {p: name for name, p in inner}, "wholes": wholes}
         optimizers.append(_divided(Muon, matrices, team, **settings))
     return optimizers
 

@@ -40,6 +40,11 @@ class Team:
         """All processes of the default group, which must be as many as the layout has."""
         if layout.is_single and not layout.offload:
             return cls(layout)
+        if not dist.is_initialized():
+            raise ValueError(
+                f"layout must be that of one process, without offload, got {layout} and no process "
+                "group; start its processes with torchrun"
+            )
         layout.check_world(dist.get_world_size())
         return cls(layout, build_mesh(layout, device.type))
 

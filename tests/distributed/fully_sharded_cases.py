@@ -24,6 +24,8 @@ TEXTS = (7, 3, 0, 5, 6, 1, 2)
 # The norm of the gradients is above this.
 OPTIM = OptimConfig(lr=1e-4, max_grad_norm=0.05, weight_decay=0.1)
 STEPS = 3
+# 6 heads and 52 channels of the networks: for 2 and 3 processes, the channels unevenly for 3.
+HEADS = {"heads_num": 6, "rope_dim_list": (2, 2, 4), "mlp_width_ratio": 1.1}
 
 
 def transformer(**changes: Any) -> HunyuanVideoTransformer:
@@ -217,3 +219,8 @@ def in_bfloat16() -> dict[str, Any]:
 def compare_exactly(sizes: dict[str, Any]) -> dict[str, float]:
     """:func:`compare` in float64, with gradient checkpointing on many processes only."""
     return compare(sizes, dtype=torch.float64, checkpointing=True)
+
+
+def compare_with_heads(sizes: dict[str, Any]) -> dict[str, float]:
+    """:func:`compare` of a model whose heads and channels can be shared, in all its ways."""
+    return compare(sizes, model=lambda: transformer(**HEADS))

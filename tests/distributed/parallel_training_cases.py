@@ -29,15 +29,14 @@ from tests.models.dit_cases import TINY
 
 CPU = torch.device("cpu")
 STEPS = 4
+MUON = OptimConfig(lr=1e-4, muon_lr=1e-2)
 # The norm of the gradients is above this.
 OPTIM = OptimConfig(lr=1e-4, max_grad_norm=0.1, weight_decay=0.1)
-# 12 heads and the channels of the networks are shared by 2, 3 and 4 processes.
-MODEL = {"hidden_size": 48, "heads_num": 6, "rope_dim_list": (2, 2, 4), "mlp_width_ratio": 1.1}
 
 
 def transformer() -> HunyuanVideoTransformer:
     """The same weights on every rank."""
-    return fully_sharded_cases.transformer(**MODEL)
+    return fully_sharded_cases.transformer(**fully_sharded_cases.HEADS)
 
 
 class WordPrompts:
@@ -86,35 +85,55 @@ def stage_of(model: HunyuanVideoTransformer, team: Team, kind: str = "flow") -> 
 @contextmanager
 def in_float32() -> Iterator[None]:
     """Without autocast, whose roundings depend on how a batch is dealt out."""
-    with mock.patch.object(stages.torch, "autocast", lambda *_: nullcontext()):
+    with mock.patch.object(stages.torch, "autocast", lambda *_, **__: nullcontext()):
         yield
 
 
-def trained(
-    sizes: dict[str, Any], folder: str, optim: OptimConfig = OPTIM, kind: str = "flow"
-) -> dict[str, Tensor]:
+def trained(sizes: dict[str, Any], folder: str, kind: str = "flow") -> dict[str, Tensor]:
     """Whole averages at the end of a run, which goes on from what is in the folder."""
     team, model = Team.of(Layout(**sizes), CPU), transformer()
     team.place(model)
-    config = LoopConfig(steps=STEPS, optim=optim, warmup=1, log_every=1, save_every=2)
+    config = LoopConfig(steps=STEPS, optim=OPTIM, warmup=1, log_every=1, save_every=2)
     with in_float32():
         ema = fit(stage_of(model, team, kind), config, Path(folder), team=team)
     wholes = team.wholes(model)
     return {name: wholes.gather(name, x) for name, x in ema.average.items()}
 
 
-def reloaded(sizes: dict[str, Any], file: str, optim: OptimConfig = OPTIM) -> list[str]:
+def reloaded(sizes: dict[str, Any], file: str) -> list[str]:
     """Names of what is not the same, bit for bit, when a state is loaded and gathered again."""
     team, model = Team.of(Layout(**sizes), CPU), transformer()
     team.place(model)
     wholes, stored = team.wholes(model), torch.load(file, weights_only=True)
-    optimizers = build_optimizers(model, optim, team, wholes if team.mesh else None)
+    optimizers = build_optimizers(model, OPTIM, team, wholes if team.mesh else None)
     states = RunStates(wholes, optimizers, EMA(model, 0.9), team)
     states.load(stored)
     again = states.gather()
     if not team.is_first:
         return []
     return list(differing({key: stored[key] for key in again}, again))
+
+
+def updated_by_muon(sizes: dict[str, Any]) -> list[str]:
+    """Names of weights that are not those of one process after steps of equal gradients."""
+    team, model, alone = Team.of(Layout(**sizes), CPU), transformer(), transformer()
+    team.place(model)
+    wholes = team.wholes(model)
+    many, one = build_optimizers(model, MUON, team, wholes), build_optimizers(alone, MUON)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(2):
+        for name, p in alone.named_parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+            model.get_parameter(name).grad = wholes.part(name, p.grad)
+        for optimizer in (*many, *one):
+            optimizer.step()
+    pairs = (
+        (name, p, wholes.gather(name, model.get_parameter(name)))
+        for name, p in alone.named_parameters()
+    )
+    taken = {name for name, p in alone.named_parameters() if MUON.takes_muon(name, p)}
+    assert taken
+    return [name for name, p, found in pairs if name in taken and not torch.equal(p, found)]
 
 
 def differing(a: Any, b: Any, name: str = "state") -> Iterator[str]:

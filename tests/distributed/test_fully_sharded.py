@@ -17,6 +17,12 @@ LAYOUTS = tuple(
     {"dp": dp, "zero": zero} for dp, zero in ((2, 0), (4, 0), (3, 1), (2, 2), (4, 2), (3, 3))
 )
 OFFLOADED = {"dp": 2, "zero": 3, "offload": True}
+COMBINED = (
+    {"dp": 2, "cp": 2},
+    {"cp": 3, "zero": 3},
+    {"cp": 2, "ulysses": 2, "tp": 2, "zero": 2},
+    {"dp": 2, "tp": 2, "zero": 3},
+)
 
 
 def check(found: list[dict[str, float]], limits: dict[str, float]) -> None:
@@ -28,6 +34,12 @@ def check(found: list[dict[str, float]], limits: dict[str, float]) -> None:
 @pytest.mark.parametrize("sizes", (*LAYOUTS, OFFLOADED), ids=str)
 def test_the_trajectory_of_one_process(ranks: RankPool, sizes: dict[str, Any]) -> None:
     check(ranks.run(sizes["dp"], cases.compare, sizes), CLOSE)
+
+
+@pytest.mark.parametrize("sizes", COMBINED, ids=str)
+def test_with_shared_tokens_and_weights(ranks: RankPool, sizes: dict[str, Any]) -> None:
+    count = Layout(**sizes).world_size
+    check(ranks.run(count, cases.compare_with_heads, sizes), CLOSE)
 
 
 @pytest.mark.parametrize("zero", (0, 3))

@@ -48,7 +48,7 @@ def encode_clips(
     The latents are posterior means, unscaled, bf16. team: deals the batches out to its processes,
     and its first one writes. Raises ValueError for a file of another size.
     """
-    team = (team or Team()).data_parallel()
+    team = team or Team()
     if team.by_first(path.is_file):
         latents = load_file(path)["latents"]
         if len(latents) != count:

@@ -202,7 +202,7 @@ class _Run:
             frames=frames,
             size=sizes.SIZE,
             progress=self._note(f"encode {kind}"),
-            team=self.team,
+            team=self.everybody,
         )
 
     def language(self) -> nn.Module:
