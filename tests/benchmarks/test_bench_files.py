@@ -53,13 +53,15 @@ def test_a_quick_case_draws_what_the_op_takes(op):
         inputs = case.inputs(torch.Generator().manual_seed(0))
         again = case.inputs(torch.Generator().manual_seed(0))
         assert all(torch.equal(a, b) for a, b in zip(inputs, again, strict=True))
-        assert all(x.dtype == case.dtype for x in inputs)
+        # beside sums and numbers, which are wide
+        dtypes = {case.dtype, *((torch.float32,) if op == "ring_attention" else ())}
+        assert case.dtype in {x.dtype for x in inputs} <= dtypes
         assert any(x.requires_grad for x in inputs) != inference_only(op)
         assert list(inputs[0].shape) == list(case.shape.values())
         assert None in dispatch.explain(op, *case.arguments(*inputs)).values()
         with torch.no_grad():
             results = outputs(case.call(*inputs))
-        assert all(x.dtype == case.dtype for x in results)
+        assert {x.dtype for x in results} <= dtypes
         assert all(len(x) == len(inputs[0]) for x in results)
 
 
