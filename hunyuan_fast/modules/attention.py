@@ -53,6 +53,7 @@ class JointAttention(nn.Module):
     precision: str = "same"
     pattern: SlidingTiles | None = None
     windows: Tensor | None  # of the pattern, (N or 1, 3): a buffer, which moves with the model
+    heads: slice = slice(None)  # those of this process, of all that patterns have windows for
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,8 +130,15 @@ class JointAttention(nn.Module):
         if not isinstance(pattern, SlidingTiles):
             self.pattern, self.windows = None, None
         elif pattern is not self.pattern:
-            self.windows = torch.as_tensor(pattern.windows, dtype=torch.int32).view(-1, 3)
+            windows = torch.as_tensor(pattern.windows, dtype=torch.int32).view(-1, 3)
+            self.windows = windows if len(windows) == 1 else windows[self.heads]
             self.pattern = pattern
+
+    def keep_heads(self, heads: slice) -> None:
+        """Compute these heads alone; patterns are given for all of them as before."""
+        self.heads = heads
+        if self.windows is not None and len(self.windows) > 1:
+            self.windows = self.windows[heads]
 
     def extra_repr(self) -> str:
         return f"precision={self.precision!r}, pattern={self.pattern or 'dense'}"

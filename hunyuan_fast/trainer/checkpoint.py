@@ -63,12 +63,24 @@ class CheckpointFolder:
 
         Raises ValueError if states exist but every one is damaged.
         """
+        step = self.newest()
+        return None if step is None else (step, self.load(step))
+
+    def load(self, step: int) -> dict[str, Any]:
+        """The state after ``step`` steps, whose tensors are read from the file as they are used."""
+        return torch.load(self.folder / f"state-{step}.pt", weights_only=True, mmap=True)
+
+    def newest(self) -> int | None:
+        """The step of the newest state whose digest holds, or None if there is no state at all.
+
+        Raises ValueError if states exist but every one is damaged.
+        """
         damaged = []
         for step in reversed(self.steps()):
             path = self.folder / f"state-{step}.pt"
             wanted = json.loads(path.with_suffix(".json").read_text())["sha256"]
             if path.is_file() and _digest(path) == wanted:
-                return step, torch.load(path, weights_only=True)
+                return step
             damaged.append(path.name)
         if damaged:
             raise ValueError(

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from hunyuan_fast.distributed.wholes import local_of
 
 
 class EMA:
@@ -32,7 +34,9 @@ class EMA:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         names, current = zip(*self._parameters(), strict=True)
         torch._foreach_lerp_(
-            [self.average[name] for name in names], [p.float() for p in current], 1 - decay
+            [local_of(self.average[name]) for name in names],
+            [local_of(p).float() for p in current],
+            1 - decay,
         )
 
     @contextmanager
@@ -52,11 +56,3 @@ class EMA:
         """Overwrite the module's weights by the averages."""
         for name, p in self._parameters():
             p.copy_(self.average[name])
-
-    def state_dict(self) -> dict[str, int | dict[str, Tensor]]:
-        return {"num_updates": self.num_updates, "average": self.average}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.num_updates = state["num_updates"]
-        for name, value in self.average.items():
-            value.copy_(state["average"][name])

@@ -7,6 +7,7 @@ running generator. A state on disk is therefore weights, optimiser moments, aver
 import hashlib
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -15,15 +16,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 from torch import Tensor, nn
 
 from hunyuan_fast.trainer.checkpoint import CheckpointFolder, write_atomically
 from hunyuan_fast.trainer.ema import EMA
-from hunyuan_fast.trainer.optim import OptimConfig, build_optimizers
+from hunyuan_fast.trainer.optim import OptimConfig, build_optimizers, clip_gradients
 from hunyuan_fast.trainer.schedule import warmup_cosine
+from hunyuan_fast.trainer.states import RunStates
+from hunyuan_fast.trainer.team import Team
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called as ``progress(stage, finished steps, all steps, figures)`` after every logged step."""
@@ -47,7 +50,10 @@ class LoopConfig:
 
 
 class Stage(Protocol):
-    """What the loop trains. ``loss(step)`` must depend on the step alone."""
+    """What the loop trains. ``loss(step)`` must depend on the step alone.
+
+    Of several processes each gives its share: the means over all are those of the batch.
+    """
 
     name: str
 
@@ -114,51 +120,53 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 class _Run:
     """One stage being trained: what is saved, restored and stepped."""
 
-    def __init__(self, stage: Stage, config: LoopConfig, folder: Path) -> None:
+    def __init__(self, stage: Stage, config: LoopConfig, folder: Path, team: Team) -> None:
         self.stage = stage
         self.config = config
+        self.team = team
         self.states = CheckpointFolder(folder / stage.name)
         self.log = folder / stage.name / "log.jsonl"
-        self.optimizers = build_optimizers(stage.module, config.optim)
+        self.wholes = team.wholes(stage.module)
+        wholes = self.wholes if team.mesh is not None else None
+        self.optimizers = build_optimizers(stage.module, config.optim, team, wholes)
         self.peaks = [group["lr"] for opt in self.optimizers for group in opt.param_groups]
         self.ema = EMA(stage.module, config.ema_decay)
+        self.kept = RunStates(self.wholes, self.optimizers, self.ema, team)
         self.step = 0
         self.seconds = 0.0
         self.bad_steps = 0
         self.window: dict[str, list[float]] = {}
 
     def save(self) -> None:
-        self.states.save(
-            self.step,
-            {
-                "module": self.stage.module.state_dict(),
-                "optimizers": [opt.state_dict() for opt in self.optimizers],
-                "ema": self.ema.state_dict(),
-                "seconds": self.seconds,
-                "bad_steps": self.bad_steps,
-                "window": self.window,
-            },
-        )
+        state = self.kept.gather()
+        if not self.team.is_first:
+            return
+        state |= {"seconds": self.seconds, "bad_steps": self.bad_steps, "window": self.window}
+        self.states.save(self.step, state)
 
     def restore(self) -> None:
         """Go back to the newest sound state, and drop log lines written after it."""
-        found = self.states.load_newest()
-        if found is None:
+        newest = self.team.by_first(self.states.newest)
+        if newest is None:
             return
-        self.step, state = found
-        self.stage.module.load_state_dict(state["module"])
-        for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            opt.load_state_dict(saved)
-        self.ema.load_state_dict(state["ema"])
+        self.step, state = newest, self.states.load(newest)
+        self.kept.load(state)
         self.seconds, self.bad_steps = state["seconds"], state["bad_steps"]
         self.window = state["window"]
-        if self.log.is_file():
+        if self.team.is_first and self.log.is_file():
             lines = [
                 line
                 for line in self.log.read_text().splitlines()
                 if json.loads(line)["step"] <= self.step
             ]
             write_atomically(self.log, "".join(f"{line}\n" for line in lines))
+
+    def open_log(self) -> TextIO:
+        """The log, to append to; that of all processes but the first goes nowhere."""
+        if not self.team.is_first:
+            return Path(os.devnull).open("a")
+        self.states.folder.mkdir(parents=True, exist_ok=True)
+        return self.log.open("a")
 
     def close_window(self) -> dict[str, float]:
         """Means of the figures since the last log line; a figure counts the steps that gave it."""
@@ -178,9 +186,11 @@ class _Run:
         lr = self._set_lr()
         loss, figures = self.stage.loss(self.step)
         loss.backward()
-        parameters = [p for p in self.stage.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.max_grad_norm).item()
-        if math.isfinite(norm) and math.isfinite(loss.item()):
+        limit = self.config.optim.max_grad_norm
+        norm = clip_gradients(self.stage.module, limit, self.team, self.wholes)
+        figures = self.team.means({"loss": loss.item(), **figures})
+        # the same on all processes, so that they decide alike
+        if math.isfinite(norm) and math.isfinite(figures["loss"]):
             for opt in self.optimizers:
                 opt.step()
             self.ema.update()
@@ -196,7 +206,7 @@ class _Run:
         for opt in self.optimizers:
             opt.zero_grad(set_to_none=True)
         self.step += 1
-        return {"loss": loss.item(), "lr": lr, "grad_norm": norm, **figures}
+        return {"loss": figures.pop("loss"), "lr": lr, "grad_norm": norm, **figures}
 
 
 def fit(
@@ -206,24 +216,27 @@ def fit(
     *,
     resume: bool = True,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> EMA:
     """Train a stage to ``config.steps`` and return the averaged weights, already in the module.
 
     folder: gets ``<stage>/state-*.pt`` and ``<stage>/log.jsonl`` (step, means of the loss
         and of the figures since the line before, seconds).
     resume: continue from the newest state in the folder; otherwise its presence is an error.
+    team: the processes that train together, all of which call this, on a module that is shared
+        already. The first one writes; the state goes on in any layout. All must see the folder.
     Ctrl-C saves the state of the last finished step before KeyboardInterrupt goes on.
     Raises TrainingError when the loss stays non-finite, ValueError for damaged or unwanted states.
     """
-    run = _Run(stage, config, folder)
-    if run.states.steps() and not resume:
+    team = team or Team()
+    run = _Run(stage, config, folder, team)
+    if team.by_first(run.states.steps) and not resume:
         raise ValueError(
             f"{run.states.folder} already holds a training state: resume, or name a fresh folder"
         )
     run.restore()
-    run.states.folder.mkdir(parents=True, exist_ok=True)
     stage.module.train()
-    with deterministic(), deferred_interrupt() as interrupted, run.log.open("a") as log:
+    with deterministic(), deferred_interrupt() as interrupted, run.open_log() as log:
         while run.step < config.steps:
             started = time.perf_counter()
             figures = run.advance()
@@ -237,9 +250,10 @@ def fit(
                 log.flush()
                 if progress is not None:
                     progress(stage.name, run.step, config.steps, means)
-            if run.step % config.save_every == 0 or run.step == config.steps or interrupted():
+            stopped = team.any(interrupted())
+            if run.step % config.save_every == 0 or run.step == config.steps or stopped:
                 run.save()
-            if interrupted():
+            if stopped:
                 raise KeyboardInterrupt(
                     f"stage {stage.name} is saved after step {run.step}; resume to go on from there"
                 )

@@ -7,11 +7,15 @@ Source: K. Jordan and others, "Muon: an optimizer for hidden layers in neural ne
 step is scaled to the root mean square of AdamW's, so that learning rates are comparable.
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from hunyuan_fast.distributed.wholes import Wholes
 
 # Quintic Newton-Schulz coefficients of the source: singular values end near 1 after five rounds.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -37,11 +41,23 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum with an orthogonalised update.
 
     params: parameters of two or more dimensions    lr: step, in units of AdamW's root mean square
+    names, wholes: of parameters that lie in parts on several processes. The matrix is gathered,
+        every process finds the same update and takes its part of it.
     Raises ValueError for vectors and scalars, which have no singular values.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        *,
+        names: Mapping[nn.Parameter, str] | None = None,
+        wholes: Wholes | None = None,
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        self._names = dict(names or {})
+        self._wholes = wholes
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim < 2:
@@ -54,6 +70,7 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             updates: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+            shapes = {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -61,10 +78,18 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                ahead = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
-                updates[ahead.shape].append((p, ahead))
+                ahead = p.grad.lerp(state["momentum"], group["momentum"])
+                ahead = self._whole(p, ahead)
+                shapes[p] = ahead.shape
+                updates[ahead.flatten(1).shape].append((p, ahead.flatten(1)))
             for shape, pairs in updates.items():
                 step = group["lr"] * _ADAMW_RMS * max(shape) ** 0.5
                 orthogonal = orthogonalize(torch.stack([update for _, update in pairs]))
                 for (p, _), update in zip(pairs, orthogonal, strict=True):
-                    p.add_(update.reshape(p.shape), alpha=-step)
+                    p.add_(self._part(p, update.reshape(shapes[p])), alpha=-step)
+
+    def _whole(self, p: nn.Parameter, x: Tensor) -> Tensor:
+        return x if self._wholes is None else self._wholes.gather(self._names[p], x)
+
+    def _part(self, p: nn.Parameter, x: Tensor) -> Tensor:
+        return x if self._wholes is None else self._wholes.part(self._names[p], x)

@@ -6,8 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_fast.cli.errors import UsageError
+from hunyuan_fast.cli.parallel import (
+    ParallelOptions,
+    check_layout,
+    console_of_process,
+    is_first,
+    join,
+    place_of_process,
+    read_layout,
+)
 from hunyuan_fast.cli.parsing import parse
 
+PARALLEL = True
 RECIPES = ("nano",)
 
 
@@ -23,10 +33,12 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _nano(argv: Sequence[str]) -> None:
+    import torch
     from tyro.conf import OmitArgPrefixes
 
-    from hunyuan_fast.cli.stages import Stages, console
+    from hunyuan_fast.cli.stages import Stages
     from hunyuan_fast.trainer.nano import NanoRecipe, train
+    from hunyuan_fast.trainer.nano.recipe import TRANSFORMER
 
     @dataclass(frozen=True)
     class Options:
@@ -37,11 +49,18 @@ def _nano(argv: Sequence[str]) -> None:
         resume: bool = False
         """Go on from the last checkpoint in the folder."""
         recipe: OmitArgPrefixes[NanoRecipe] = field(default_factory=NanoRecipe)
+        parallel: OmitArgPrefixes[ParallelOptions] = field(default_factory=ParallelOptions)
         debug: bool = False
         """Show the traceback of an error."""
 
     options: Any = parse(Options, argv, "train nano", __doc__)
-    device = options.recipe.device
-    with Stages(device, console(stderr=True)) as stages:
-        folder = train(options.recipe, options.out, resume=options.resume, progress=stages)
-    print(folder)
+    layout = read_layout(options.parallel, "train nano")
+    check_layout(layout, TRANSFORMER["heads_num"])
+    device = torch.device(place_of_process(options.recipe.device) or "cpu")
+    join(device)
+    with Stages(str(device), console_of_process()) as stages:
+        folder = train(
+            options.recipe, options.out, resume=options.resume, progress=stages, layout=layout
+        )
+    if is_first():
+        print(folder)

@@ -53,7 +53,6 @@ class DoubleStreamBlock(nn.Module):
     def forward(
         self, img: Tensor, txt: Tensor, vec: Tensor, rotary: Tables, kv_len: Tensor | SharedTokens
     ) -> tuple[Tensor, Tensor]:
-        num_video = img.shape[1]
         streams = {"img": img, "txt": txt}
         vectors = {stream: self._layer(stream, "mod")(vec) for stream in STREAMS}
 
@@ -64,6 +63,7 @@ class DoubleStreamBlock(nn.Module):
             )
             for stream in STREAMS
         }
+        num_video = packed["img"].shape[1]
         attended = self.attention.of_packed(
             packed["img"],
             self._norms("img"),
@@ -85,7 +85,7 @@ class DoubleStreamBlock(nn.Module):
     def _norms(self, stream: str) -> tuple[Tensor, Tensor]:
         """The weights of the norms of queries and keys."""
         names = ("attn_q_norm", "attn_k_norm")
-        q_weight, k_weight = (self._layer(stream, name).get_parameter("weight") for name in names)
+        q_weight, k_weight = (self._layer(stream, name)() for name in names)
         return q_weight, k_weight
 
     def _finish(
@@ -141,7 +141,7 @@ class SingleStreamBlock(nn.Module):
         """What attention gives, and beside it the activated features: (B, L, E + mlp_width)."""
         attend = partial(
             self.attention.of_packed,
-            *(qkv, (self.q_norm.weight, self.k_norm.weight), rotary, kv_len),
+            *(qkv, (self.q_norm(), self.k_norm()), rotary, kv_len),
             num_heads=self.num_heads,
         )
         if torch.is_grad_enabled():

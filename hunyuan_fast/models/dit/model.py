@@ -18,6 +18,7 @@ from hunyuan_fast.modules.attention import JointAttention, check_shareable
 from hunyuan_fast.modules.embedding import PatchEmbedding, TimestepEmbedder, unpatchify
 from hunyuan_fast.modules.mlp import EmbeddingMLP
 from hunyuan_fast.modules.rotary import rotary_tables
+from hunyuan_fast.modules.tensor_parallel import Tokens
 from hunyuan_fast.ops.sliding_tile_attention import SlidingTiles
 
 
@@ -37,6 +38,7 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         config = self.config = TransformerConfig(**kwargs)
         self.gradient_checkpointing = False
         self.attention_grid: tuple[int, int, int] | None = None
+        self.tokens = Tokens()
         self.context: ContextParallel | None = None  # who shares the tokens of a call
         dim, sizes = config.hidden_size, (config.hidden_size, config.heads_num, config.mlp_width)
 
@@ -99,11 +101,13 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         vec = self._conditioning(timestep, pooled_text, guidance)
         img = self.img_in(latents, held.video)
         txt = self.txt_in(text_states, text_len, timestep)[:, held.text]
+        img, txt = self.tokens.divide(img, txt)
         for block in self.double_blocks:
             img, txt = self._run(block, img, txt, vec, rotary, held.valid)
-        x = torch.cat((img, txt), dim=1)
+        x = self.tokens.join(img, txt)
         for block in self.single_blocks:
             x = self._run(block, x, vec, rotary, held.valid)
+        x = self.tokens.whole(x)
 
         velocity = held.whole(self.final_layer(x[:, : held.num_video], vec))
         return unpatchify(velocity, (t, h, w), config.patch_size)
@@ -117,7 +121,7 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+            return checkpoint(self.tokens.bound(block), *inputs, use_reentrant=False)
         return block(*inputs)
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from hunyuan_fast.distributed.mesh import Layout
 from hunyuan_fast.models.dit.context_parallel import parallelize_context
+from hunyuan_fast.models.dit.tensor_parallel import parallelize_tensors
 
 if TYPE_CHECKING:
     from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
@@ -20,4 +21,5 @@ def parallelize(transformer: HunyuanVideoTransformer, mesh: DeviceMesh, layout: 
     Raises ValueError for a layout that this model cannot have.
     """
     layout.check_heads(transformer.config.heads_num)
+    parallelize_tensors(transformer, mesh, sequence_parallel=layout.sequence_parallel)
     parallelize_context(transformer, mesh)

@@ -8,9 +8,9 @@ mapped file into its place. Peak memory is the model and, at most, the pages of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hunyuan_fast.distributed.cuts import Cut, Region
 from hunyuan_fast.models.weights.errors import CheckpointError
 from hunyuan_fast.models.weights.layout import Layout
 from hunyuan_fast.models.weights.locate import Located, recognise
@@ -82,12 +83,15 @@ def load(
     dtype: torch.dtype | None,
     keep_fp8: bool,
     manifest: Manifest | None,
+    cut: Callable[[], Mapping[str, Cut]] = dict,
 ) -> None:
     """Fill `model`, which is on the meta device, with the located weights.
 
     dtype: of the floating-point parameters, None for the stored one. fp8 weights stay fp8 with
     `keep_fp8`, else they are expanded (to bfloat16 where dtype is None). Every tensor is compared
-    with its digest in `manifest`, if there is one.
+    with its digest in `manifest`, if there is one. `cut()` is called when all is known to fit: it
+    reduces the model to what this process holds, and says how it cut which parameters. Of those no
+    more is read than is held, or with a manifest, whose digests are of whole tensors, kept.
     Raises CheckpointError for the first name, shape or digest that is wrong.
     """
     state = model.state_dict()
@@ -107,11 +111,13 @@ def load(
             replace_linears(model, [name.removesuffix(".weight") for name in quantized])
         except ValueError as error:
             raise CheckpointError(f"{located.place}: fp8 weights, but {error}") from error
+    table, regions = _held(table, cut())
     target = _Target(model, device)
-    for name, value in located.source.tensors():
+    for name, value in located.source.tensors(regions if manifest is None else {}):
         entry, slot = entries[name], table[name]
         if manifest is not None:
             manifest.check_tensor(entry.file, name, value)
+            value = regions[name].of(value) if name in regions else value
         kept = name in scales or (keep_fp8 and entry.dtype == FP8)
         target.put(slot, value, entry.dtype if kept else _dtype(entry, dtype))
     if not keep_fp8:
@@ -119,6 +125,23 @@ def load(
     left = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
     left += [name for name, tensor in model.named_buffers() if tensor.is_meta]
     assert not left, f"no value was given to {left[0]}"
+
+
+def _held(
+    table: Mapping[str, Slot], cuts: Mapping[str, Cut]
+) -> tuple[dict[str, Slot], dict[str, Region]]:
+    """What this process holds of every stored tensor, with its place in the reduced model."""
+    held, regions = dict(table), {}
+    for name, slot in table.items():
+        cut = cuts.get(slot.native)
+        if cut is None:
+            continue
+        assert not slot.swap_halves, f"{slot.native} is cut, but stored in another order"
+        regions[name], start = cut.of_rows(slot.start or 0, slot.shape[0])
+        shape = list(slot.shape)
+        shape[cut.dim] = sum(stop - first for first, stop in regions[name].ranges)
+        held[name] = replace(slot, shape=tuple(shape), start=None if slot.start is None else start)
+    return held, regions
 
 
 def _dtype(entry: Entry, wanted: torch.dtype | None) -> torch.dtype:

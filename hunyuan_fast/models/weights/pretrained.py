@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from typing_extensions import Self
 
+from hunyuan_fast.distributed.cuts import Cut
 from hunyuan_fast.models.weights.configs import check_depth, read_config
 from hunyuan_fast.models.weights.errors import CheckpointError
 from hunyuan_fast.models.weights.loader import load, without_memory
@@ -28,11 +30,13 @@ class Pretrained:
     component: the model's folder in a pipeline. The names of its parameters in other layouts are
     the functions `rules(config)`, `config_to_diffusers(config)` and `config_from_diffusers(dict)`
     of the module `checkpoint` that lies beside the model's.
+    cuts: how the parameters are cut that other processes hold parts of, by name.
     """
 
     config_class: ClassVar[type]
     component: ClassVar[str]
     config: Any
+    cuts: Mapping[str, Cut] = MappingProxyType({})
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
@@ -55,6 +59,7 @@ class Pretrained:
         config: Any = None,
         keep_fp8: bool = True,
         verify: bool = True,
+        share: Callable[[Self], object] | None = None,
     ) -> Self:
         """The stored model, in evaluation mode.
 
@@ -64,6 +69,8 @@ class Pretrained:
         config: for files that have none beside them; else the stored one is used.
         keep_fp8: fp8 weights stay fp8 and are expanded at each call; else they are expanded now.
         verify: compare the digests of the native layout.
+        share: reduces the model, before it has memory, to what this process holds of it, and sets
+            its `cuts`; the rest is not loaded (nor read, with verify=False).
         Raises CheckpointError (a ValueError) naming the file and the first wrong key; ValueError
         for a device or dtype that cannot be used.
         """
@@ -89,7 +96,22 @@ class Pretrained:
                 f"({str(error).splitlines()[0]}); fetch the file again"
             ) from error
         assert isinstance(model, nn.Module)
-        load(model, located, rules, device=place, dtype=dtype, keep_fp8=keep_fp8, manifest=manifest)
+
+        def cut() -> Mapping[str, Cut]:
+            if share is not None:
+                share(model)
+            return model.cuts
+
+        load(
+            model,
+            located,
+            rules,
+            device=place,
+            dtype=dtype,
+            keep_fp8=keep_fp8,
+            manifest=manifest,
+            cut=cut,
+        )
         model.eval()
         return model
 
@@ -107,6 +129,11 @@ class Pretrained:
         """
         if layout not in ("native", "diffusers"):
             raise ValueError(f'layout must be "native" or "diffusers", got {layout!r}')
+        if self.cuts:
+            raise ValueError(
+                "the model must hold all of its weights to be saved, got one that shares them "
+                "with other processes; use hunyuan_fast.models.dit.resharding.save_pretrained"
+            )
         if max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
         assert isinstance(self, nn.Module)

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hunyuan_fast.distributed.cuts import Region
 from hunyuan_fast.models.weights.errors import CheckpointError
 
 SCALE_SUFFIX = "_scale"
@@ -42,14 +43,15 @@ class Source(Protocol):
     """Weight files whose headers have been read.
 
     entries: every tensor by its name in the file.
-    tensors(): name and value of each, on the CPU, in the order of the files; a value may be a view
-    of a mapped file, so it is to be copied before the next one is asked for.
+    tensors(regions): name and value of each, on the CPU, in the order of the files; of those that
+    regions names, the region alone. A value may be a view of a mapped file, so it is to be copied
+    before the next one is asked for.
     """
 
     @property
     def entries(self) -> Mapping[str, Entry]: ...
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]: ...
+    def tensors(self, regions: Mapping[str, Region]) -> Iterator[tuple[str, Tensor]]: ...
 
 
 def open_source(files: Sequence[Path]) -> Source:
@@ -110,15 +112,25 @@ class SafetensorsSource:
                     )
                 self.entries[name] = entry
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, regions: Mapping[str, Region]) -> Iterator[tuple[str, Tensor]]:
         for file in dict.fromkeys(entry.file for entry in self.entries.values()):
             names = [name for name, entry in self.entries.items() if entry.file == file]
             try:
                 with safe_open(file, framework="pt", device="cpu") as opened:
                     for name in names:
-                        yield name, opened.get_tensor(name)
+                        if name in regions:
+                            yield name, _read_region(opened.get_slice(name), regions[name])
+                        else:
+                            yield name, opened.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: {error}; fetch the file again") from error
+
+
+def _read_region(stored: Any, region: Region) -> Tensor:
+    """The bytes of a region from its file, and no others."""
+    before = (slice(None),) * region.dim
+    pieces = [stored[before + (slice(start, stop),)] for start, stop in region.ranges]
+    return torch.cat(pieces, dim=region.dim)
 
 
 def _safetensors_entries(file: Path) -> dict[str, Entry]:
@@ -195,8 +207,9 @@ class TorchSource:
                     f"{map_file}: {name.removesuffix('.weight')} has fp8 weights but no scale"
                 )
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._state.items()
+    def tensors(self, regions: Mapping[str, Region]) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self._state.items():
+            yield name, regions[name].of(value) if name in regions else value
 
 
 def _scale(scale: Any, where: str) -> Tensor:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from hunyuan_fast.data.shapes.batches import sample, to_float
 from hunyuan_fast.data.shapes.render import render
 from hunyuan_fast.models.vae.model import HunyuanVideoVAE
+from hunyuan_fast.models.vae.posterior import DiagonalGaussian
 from hunyuan_fast.trainer.loop import hash_seed, step_generator
+from hunyuan_fast.trainer.share import ALONE, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +69,36 @@ def init_autoencoder(vae: HunyuanVideoVAE) -> None:
     vae.quant_conv.bias[vae.config.latent_channels :] = -6.0
 
 
+class Reconstruction(nn.Module):
+    """A VAE from clips to clips by way of drawn latents: what a training step calls."""
+
+    def __init__(self, vae: HunyuanVideoVAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(
+        self, video: Tensor, generator: torch.Generator, batch: int, rows: slice
+    ) -> tuple[DiagonalGaussian, Tensor]:
+        """The posterior and the decoded clips of ``rows`` of a batch, for which noise is drawn."""
+        posterior = self.vae.encode(video)
+        shape, dtype = (batch, *posterior.mean.shape[1:]), posterior.mean.dtype
+        noise = torch.randn(shape, generator=generator, dtype=dtype)[rows].to(video.device)
+        return posterior, self.vae.decode(
+            posterior.mean + torch.exp(0.5 * posterior.logvar) * noise
+        )
+
+
 class AutoencoderStage:
     """Trains a VAE to reproduce rendered clips."""
 
     name = "vae"
 
-    def __init__(self, vae: HunyuanVideoVAE, config: AutoencoderConfig, *, seed: int) -> None:
+    def __init__(
+        self, vae: HunyuanVideoVAE, config: AutoencoderConfig, *, seed: int, share: Share = ALONE
+    ) -> None:
         self.module = vae
+        self.network = Reconstruction(vae)
+        self.share = share
         self.config = config
         self.seed = seed
         self._image = False
@@ -123,22 +148,24 @@ class AutoencoderStage:
         ]
         return to_float(np.ascontiguousarray(window))
 
-    def batch(self, step: int) -> Tensor:
-        """The clips of a step, (B, 3, T, H, W)."""
+    def batch(self, step: int) -> tuple[Tensor, int]:
+        """The clips of this process, (B, 3, T, H, W), and how many all processes have."""
         phase = self._phase(step)
         if step % self.config.image_every == self.config.image_every - 1:
             frames, size, count = 1, self.config.clip_size, self.config.image_batch
         else:
             frames, size, count = phase.frames, phase.size, phase.batch
-        return torch.stack([self._crop(step, item, frames, size) for item in range(count)])
+        items = range(count)[self.share.rows(count)]
+        return torch.stack([self._crop(step, item, frames, size) for item in items]), count
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        video = self.batch(step).to(next(self.module.parameters()).device)
+        video, batch = self.batch(step)
+        video = video.to(next(self.module.parameters()).device)
+        rows, weight = self.share.rows(batch), self.share.weight(batch)
         generator = step_generator(self.seed, self.name, step)
         self._image = video.shape[2] == 1
         with torch.autocast(video.device.type, torch.bfloat16):
-            posterior = self.module.encode(video)
-            decoded = self.module.decode(posterior.sample(generator))
+            posterior, decoded = self.network(video, generator, batch, rows)
         error = decoded.float() - video
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
         square = error.square().mean()
@@ -146,4 +173,5 @@ class AutoencoderStage:
         # values span 2, so the peak signal is 2
         psnr = 10 * torch.log10(4 / square.detach())
         kind = "image" if self._image else "clip"
-        return loss, {f"{kind}_psnr": psnr.item(), "kl": kl.item()}
+        figures = {f"{kind}_psnr": psnr.item() * weight, "kl": kl.item() * weight}
+        return loss * weight, figures

@@ -4,13 +4,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from hunyuan_fast.data.shapes.batches import caption
 from hunyuan_fast.data.shapes.caption import vocabulary
+from hunyuan_fast.distributed.collectives import gather, rank_in
+from hunyuan_fast.distributed.shards import part
 from hunyuan_fast.models.text.tokens import pad_right, token_ids
 from hunyuan_fast.trainer.loop import hash_seed, step_generator
 from hunyuan_fast.trainer.nano.latents import LatentSet
 from hunyuan_fast.trainer.objectives import contrastive_loss, next_token_loss
+from hunyuan_fast.trainer.share import ALONE, Share
 
 PAD, UNKNOWN, BEGIN, END = "[PAD]", "[UNK]", "[BOS]", "[EOT]"
 
@@ -89,8 +93,11 @@ class LanguageStage:
 
     name = "llm"
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, seed: int, batch: int) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, seed: int, batch: int, share: Share = ALONE
+    ) -> None:
         self.module = model
+        self.share = share
         self.tokenizer = tokenizer
         self.seed = seed
         self.batch = batch
@@ -99,21 +106,27 @@ class LanguageStage:
         seed = hash_seed(self.seed, self.name, step)
         ids, mask = _tokens(self.tokenizer, [caption(seed, item) for item in range(self.batch)])
         device = next(self.module.parameters()).device
-        ids, mask = ids.to(device), mask.to(device)
+        tokens = mask[:, 1:].sum(1)
+        rows, sizes = self.share.rows(self.batch), self.share.sizes(self.batch)
+        ids, mask = ids[rows].to(device), mask[rows].to(device)
         logits = self.module(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return next_token_loss(logits, ids, mask), {}
+        # the mean is over tokens, of which some processes have more than others
+        own = tokens[part(sizes, self.share.index)].sum().item()
+        weight = own * self.share.count / tokens.sum().item()
+        return next_token_loss(logits, ids, mask) * weight, {}
 
 
 class ContrastiveModel(nn.Module):
     """The CLIP text model and, for training only, a convolutional tower that sees latents."""
 
-    def __init__(self, text: Any, example: Tensor) -> None:
-        """example: latents (C, T, H, W) of the size to come."""
+    def __init__(self, text: Any, example: Tensor, group: ProcessGroup | None = None) -> None:
+        """example: latents (C, T, H, W) of the size to come    group: shares each batch"""
         super().__init__()
         width: int = text.config.hidden_size
         channels, frames, rows, columns = example.shape
         cells = ((frames + 1) // 2) * ((rows + 3) // 4) * ((columns + 3) // 4)
         self.text = text
+        self.group = group
         self.video = nn.Sequential(
             nn.Conv3d(channels, 32, 3, stride=(1, 2, 2), padding=1),
             nn.SiLU(),
@@ -126,12 +139,15 @@ class ContrastiveModel(nn.Module):
         )
         self.log_temperature = nn.Parameter(torch.tensor(0.1).log())
 
-    def forward(self, ids: Tensor, latents: Tensor) -> Tensor:
-        """The matching loss of captions ids (B, L) and latents (B, C, T, H, W)."""
-        pooled = self.text(input_ids=ids).pooler_output
-        return contrastive_loss(
-            pooled, self.video(latents), self.log_temperature.exp().clamp(min=0.02)
-        )
+    def forward(self, ids: Tensor, latents: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """The matching loss of captions ids (B, L) and latents (B, C, T, H, W) of all processes.
+
+        sizes: samples of each, of which every process finds the same loss
+        """
+        own = sizes[rank_in(self.group)]
+        parts = self.text(input_ids=ids).pooler_output, self.video(latents)
+        pooled, seen = (gather(x[:own], sizes, self.group, dim=0) for x in parts)
+        return contrastive_loss(pooled, seen, self.log_temperature.exp().clamp(min=0.02))
 
 
 class ContrastiveStage:
@@ -140,9 +156,17 @@ class ContrastiveStage:
     name = "clip"
 
     def __init__(
-        self, model: ContrastiveModel, tokenizer: Any, clips: LatentSet, *, seed: int, batch: int
+        self,
+        model: ContrastiveModel,
+        tokenizer: Any,
+        clips: LatentSet,
+        *,
+        seed: int,
+        batch: int,
+        share: Share = ALONE,
     ) -> None:
         self.module = model
+        self.share = share
         self.tokenizer = tokenizer
         self.clips = clips
         self.seed = seed
@@ -154,4 +178,6 @@ class ContrastiveStage:
         texts = [self.clips.caption(int(index), variant=step) for index in chosen]
         ids, _ = _tokens(self.tokenizer, texts)
         device = next(self.module.parameters()).device
-        return self.module(ids.to(device), self.clips.latents[chosen].float().to(device)), {}
+        rows, sizes = self.share.rows(self.batch), self.share.sizes(self.batch)
+        latents = self.clips.latents[chosen[rows]].float().to(device)
+        return self.module(ids[rows].to(device), latents, sizes), {}

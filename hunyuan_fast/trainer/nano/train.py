@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hunyuan_fast.distributed.mesh import Layout
 from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
 from hunyuan_fast.models.text import CLIPTextEncoder, LLMTextEncoder, PromptTemplate
 from hunyuan_fast.models.vae.model import HunyuanVideoVAE
@@ -20,7 +21,7 @@ from hunyuan_fast.pipelines import HunyuanVideoPipeline
 from hunyuan_fast.pipelines.settings import GenerationDefaults, PipelineSettings
 from hunyuan_fast.trainer.checkpoint import write_atomically
 from hunyuan_fast.trainer.curves import draw_curves
-from hunyuan_fast.trainer.loop import Progress, fit, hash_seed
+from hunyuan_fast.trainer.loop import LoopConfig, Progress, fit, hash_seed
 from hunyuan_fast.trainer.nano import recipe as sizes
 from hunyuan_fast.trainer.nano.autoencoder import AutoencoderStage, init_autoencoder
 from hunyuan_fast.trainer.nano.evaluate import (
@@ -40,13 +41,19 @@ from hunyuan_fast.trainer.nano.text import (
     build_tokenizer,
 )
 from hunyuan_fast.trainer.nano.transformer import DistillationStage, FlowStage, FrozenPrompts
+from hunyuan_fast.trainer.team import Team
 
 RECIPE_FILE = "recipe.json"
 FIGURES_FILE = "figures.json"
 
 
 def train(
-    recipe: NanoRecipe, out: Path, *, resume: bool = False, progress: Progress | None = None
+    recipe: NanoRecipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    layout: Layout | None = None,
 ) -> Path:
     """Train the miniature and return the folder of the finished pipeline, ``out/model``.
 
@@ -54,12 +61,17 @@ def train(
         at the end ``figures.json`` (held-out prompts, clips) and, with matplotlib, ``curves.png``
     resume: go on from what is in ``out``, which must come from the same recipe. On one machine the
         finished weights are the same, bit for bit, wherever the run was interrupted.
+    layout: of the processes of the default group, all of which call this and see ``out``. They
+        share the transformer in the last two stages; in the others each has samples of its own.
+        Batches are the same in any layout, and a run may be resumed in another.
     Raises ValueError for a folder in use without ``resume`` or of another recipe, TrainingError if
     training diverges.
     """
-    _claim(recipe, out, resume)
+    team = Team.of(layout or Layout(), torch.device(recipe.device))
+    team.layout.check_heads(sizes.TRANSFORMER["heads_num"])
+    team.by_first(lambda: _claim(recipe, out, resume))
     torch.set_num_threads(recipe.threads)
-    return _Run(recipe, out, progress).all_stages()
+    return _Run(recipe, out, progress, team).all_stages()
 
 
 def _claim(recipe: NanoRecipe, out: Path, resume: bool) -> None:
@@ -84,8 +96,12 @@ def _claim(recipe: NanoRecipe, out: Path, resume: bool) -> None:
 class _Run:
     """The stages, each of which uses what the earlier ones made."""
 
-    def __init__(self, recipe: NanoRecipe, out: Path, progress: Progress | None) -> None:
+    def __init__(
+        self, recipe: NanoRecipe, out: Path, progress: Progress | None, team: Team
+    ) -> None:
         self.recipe = recipe
+        self.team = team
+        self.everybody = team.data_parallel()
         self.out = out
         self.progress = progress
         self.device = torch.device(recipe.device)
@@ -93,7 +109,7 @@ class _Run:
 
     def all_stages(self) -> Path:
         folder = self.out / "model"
-        if (self.out / FIGURES_FILE).is_file():  # written last of all
+        if self.team.by_first((self.out / FIGURES_FILE).is_file):  # written last of all
             return folder
         started = time.perf_counter()
         vae = self.autoencoder()
@@ -123,14 +139,18 @@ class _Run:
             ),
         )
         pipeline = HunyuanVideoPipeline(student, vae, *encoders, settings)
-        # stored in half precision: the package carries these weights
-        _round_to(torch.bfloat16, student, llm, clip_text)
-        _round_to(torch.float16, vae)
+        self.team.by_first(lambda: self.store(pipeline, folder))
+        self.team.by_first(lambda: self.finish(folder, time.perf_counter() - started))
+        return folder
+
+    def store(self, pipeline: HunyuanVideoPipeline, folder: Path) -> None:
+        """Write the pipeline in half precision: the package carries these weights."""
+        encoders = pipeline.text_encoder.model, pipeline.text_encoder_2.model
+        _round_to(torch.bfloat16, pipeline.transformer, *encoders)
+        _round_to(torch.float16, pipeline.vae)
         if folder.exists():  # of a run interrupted during its trials
             shutil.rmtree(folder)
         pipeline.save_pretrained(folder)
-        self.finish(folder, time.perf_counter() - started)
-        return folder
 
     def finish(self, folder: Path, seconds: float) -> None:
         """Try the stored model on held-out prompts and clips; write the figures and curves."""
@@ -162,8 +182,11 @@ class _Run:
         self._seeded("vae")
         vae = HunyuanVideoVAE(**sizes.VAE)
         init_autoencoder(vae)
-        stage = AutoencoderStage(vae.to(self.device), config, seed=self.recipe.seed)
-        fit(stage, loop, self.out, progress=self.progress)
+        stage = AutoencoderStage(
+            vae.to(self.device), config, seed=self.recipe.seed, share=self.everybody.share
+        )
+        self.everybody.replicate(stage.network)
+        fit(stage, loop, self.out, progress=self.progress, team=self.everybody)
         return vae
 
     def encode(self, vae: HunyuanVideoVAE, kind: str) -> LatentSet:
@@ -179,26 +202,32 @@ class _Run:
             frames=frames,
             size=sizes.SIZE,
             progress=self._note(f"encode {kind}"),
+            team=self.team,
         )
 
     def language(self) -> nn.Module:
         self._seeded("llm")
         model = build_llm(self.tokenizer, **sizes.TEXT).to(self.device)
-        stage = LanguageStage(
-            model, self.tokenizer, seed=self.recipe.seed, batch=self.recipe.text_batch
-        )
-        fit(stage, self.recipe.text(self.recipe.llm_steps), self.out, progress=self.progress)
+        stage = LanguageStage(model, self.tokenizer, **self._texts())
+        self._fit_text(stage, self.recipe.llm_steps)
         return model.model
 
     def contrastive(self, clips: LatentSet) -> nn.Module:
         self._seeded("clip")
         text = build_clip_text(self.tokenizer, **{**sizes.TEXT, "depth": 2})
-        model = ContrastiveModel(text, clips.latents[0]).to(self.device)
-        stage = ContrastiveStage(
-            model, self.tokenizer, clips, seed=self.recipe.seed, batch=self.recipe.text_batch
-        )
-        fit(stage, self.recipe.text(self.recipe.clip_steps), self.out, progress=self.progress)
+        model = ContrastiveModel(text, clips.latents[0], self.everybody.group("dp"))
+        stage = ContrastiveStage(model.to(self.device), self.tokenizer, clips, **self._texts())
+        self._fit_text(stage, self.recipe.clip_steps)
         return text
+
+    def _texts(self) -> dict[str, Any]:
+        recipe = self.recipe
+        return {"seed": recipe.seed, "batch": recipe.text_batch, "share": self.everybody.share}
+
+    def _fit_text(self, stage: LanguageStage | ContrastiveStage, steps: int) -> None:
+        self.everybody.replicate(stage.module)
+        loop = self.recipe.text(steps)
+        fit(stage, loop, self.out, progress=self.progress, team=self.everybody)
 
     def flow(
         self, prompts: FrozenPrompts, images: LatentSet, clips: LatentSet, scale: float
@@ -206,11 +235,8 @@ class _Run:
         config, loop = self.recipe.flow()
         self._seeded("dit")
         model = HunyuanVideoTransformer(**sizes.TRANSFORMER).to(self.device)
-        stage = FlowStage(
-            model, prompts, images, clips, config, scaling_factor=scale, seed=self.recipe.seed
-        )
-        fit(stage, loop, self.out, progress=self.progress)
-        return model
+        stage = FlowStage(model, prompts, images, clips, config, **self._drawing(scale))
+        return self._fit_transformer(stage, loop)
 
     def distill(
         self,
@@ -221,11 +247,19 @@ class _Run:
     ) -> HunyuanVideoTransformer:
         config, loop = self.recipe.distillation()
         student = copy.deepcopy(teacher)
-        stage = DistillationStage(
-            student, teacher, prompts, clips, config, scaling_factor=scale, seed=self.recipe.seed
-        )
-        fit(stage, loop, self.out, progress=self.progress)
-        return student
+        stage = DistillationStage(student, teacher, prompts, clips, config, **self._drawing(scale))
+        return self._fit_transformer(stage, loop)
+
+    def _drawing(self, scale: float) -> dict[str, Any]:
+        return {"scaling_factor": scale, "seed": self.recipe.seed, "share": self.team.share}
+
+    def _fit_transformer(
+        self, stage: FlowStage | DistillationStage, loop: LoopConfig
+    ) -> HunyuanVideoTransformer:
+        """The trained model, whole on every process."""
+        self.team.place(stage.module)
+        fit(stage, loop, self.out, progress=self.progress, team=self.team)
+        return self.team.whole(stage.module)
 
 
 def _with_scale(vae: HunyuanVideoVAE, clips: LatentSet) -> Any:

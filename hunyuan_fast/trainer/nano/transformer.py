@@ -13,6 +13,7 @@ from hunyuan_fast.samplers.guidance import classifier_free
 from hunyuan_fast.trainer.loop import step_generator
 from hunyuan_fast.trainer.nano.latents import LatentSet
 from hunyuan_fast.trainer.objectives import add_noise, flow_matching_loss, logit_normal_sigmas
+from hunyuan_fast.trainer.share import ALONE, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,10 @@ class DistillationConfig:
 
 
 class Prompts(Protocol):
-    """Captions to (states (B, L, D), mask (B, L), pooled (B, P))."""
+    """Captions to (states (B, L, D), mask (B, L), pooled (B, P)), on ``device``."""
+
+    @property
+    def device(self) -> torch.device: ...
 
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -50,6 +54,10 @@ class FrozenPrompts:
     def __init__(self, llm: LLMTextEncoder, clip: CLIPTextEncoder) -> None:
         self.llm = llm
         self.clip = clip
+
+    @property
+    def device(self) -> torch.device:
+        return self.llm.device
 
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         states, mask = self.llm.encode(captions)
@@ -77,8 +85,10 @@ class FlowStage:
         *,
         scaling_factor: float,
         seed: int,
+        share: Share = ALONE,
     ) -> None:
         self.module = model
+        self.share = share
         self.prompts = prompts
         self.images = images
         self.clips = clips
@@ -99,15 +109,16 @@ class FlowStage:
         data = data * self.scaling_factor
         noise = torch.randn(data.shape, generator=generator)
         sigmas = logit_normal_sigmas(batch, shift=self.config.shift, generator=generator)
-        device = next(self.module.parameters()).device
-        data, noise, sigmas = data.to(device), noise.to(device), sigmas.to(device)
+        rows, device = self.share.rows(batch), self.prompts.device
+        captions = captions[rows]
+        data, noise, sigmas = (x[rows].to(device) for x in (data, noise, sigmas))
         # plain conditional targets are guidance at scale 1
         scale = guidance_input(torch.ones_like(sigmas))
         with torch.autocast(device.type, torch.bfloat16):
             velocity = self.module(
                 add_noise(data, noise, sigmas), 1000 * sigmas, *self.prompts(captions), scale
             )
-        loss = flow_matching_loss(velocity, data, noise)
+        loss = flow_matching_loss(velocity, data, noise) * self.share.weight(batch)
         return loss, {"image_loss" if image else "clip_loss": loss.item()}
 
 
@@ -147,8 +158,10 @@ class DistillationStage:
         *,
         scaling_factor: float,
         seed: int,
+        share: Share = ALONE,
     ) -> None:
         self.module = student
+        self.share = share
         self.teacher = teacher.eval().requires_grad_(False)
         self.prompts = prompts
         self.clips = clips
@@ -165,14 +178,14 @@ class DistillationStage:
         sigmas = logit_normal_sigmas(batch, shift=self.config.shift, generator=generator)
         low, high = self.config.scales
         scales = low + (high - low) * torch.rand(batch, generator=generator)
-        device = next(self.module.parameters()).device
-        noisy, times = add_noise(data, noise, sigmas).to(device), 1000 * sigmas.to(device)
-        scales = scales.to(device)
-        states, mask, pooled = self.prompts(captions)
+        rows, device = self.share.rows(batch), self.prompts.device
+        noisy = add_noise(data, noise, sigmas)[rows].to(device)
+        times, scales = 1000 * sigmas[rows].to(device), scales[rows].to(device)
+        states, mask, pooled = self.prompts(captions[rows])
         with torch.autocast(device.type, torch.bfloat16):
             target = self._guided(noisy, times, states, mask, pooled, scales)
             velocity = self.module(noisy, times, states, mask, pooled, guidance_input(scales))
-        return F.mse_loss(velocity.float(), target), {}
+        return F.mse_loss(velocity.float(), target) * self.share.weight(batch), {}
 
     @torch.no_grad()
     def _guided(
