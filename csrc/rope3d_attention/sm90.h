@@ -13,7 +13,7 @@ struct Rows {
     int64_t stride_n = 0;
 };
 
-// The first lengths[b] tokens of sample b take part, clamped to [0, L].
+// Of sample b the first lengths[b] of so many rows take part, clamped to [0, rows].
 struct Lengths {
     int32_t const* data = nullptr;  // null: all of them. Of 64-bit lengths the low halves
     int64_t step = 0;               // from one to the next, in 32-bit words
@@ -21,11 +21,13 @@ struct Lengths {
 
 struct HopperParams {
     int B = 0;
-    int L = 0;
+    int L = 0;     // rows of q and out
+    int keys = 0;  // rows of k and v
     int N = 0;
     int D = 0;  // 64 or 128
     float scale = 0;  // of the scores, positive
-    Lengths lengths;
+    Lengths lengths;  // of the keys, and of the queries where those are not given
+    Lengths queries;  // of queries of their own; where they are not, `keys` is L
     Rows q;
     Rows k;
     Rows v;

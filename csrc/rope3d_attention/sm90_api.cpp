@@ -26,12 +26,15 @@ void check_on_gpu(TensorView const& t, char const* name, TensorView const& k) {
     HUNYUAN_CHECK(t.device != kHost && t.device == k.device, name, " must be on a CUDA device, that of k");
 }
 
-// (B, L, N, D) as k, with adjacent features, whose rows begin at multiples of 16 bytes.
-Rows rows_of(TensorView const& t, char const* name, TensorView const& k) {
+// (B, L, N, D), L being `length`, with adjacent features, whose rows begin at multiples of 16 bytes; all else as k.
+Rows rows_of(TensorView const& t, char const* name, TensorView const& k, int64_t length) {
     HUNYUAN_CHECK(t.dtype == k.dtype && (t.dtype == DType::bf16 || t.dtype == DType::f16), name,
                   " must be bfloat16 or float16, as k, got ", name_of(t.dtype));
     check_on_gpu(t, name, k);
-    HUNYUAN_CHECK(t.ndim == 4 && t.size == k.size, name, " must have the shape of k, ", k.shape(), ", got ", t.shape());
+    auto size = k.size;
+    size[1] = length;
+    HUNYUAN_CHECK(t.ndim == 4 && t.size == size, name, " must have the shape of k, ", k.shape(), ", with ", length,
+                  " rows, got ", t.shape());
     bool aligned = t.stride[3] == 1 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
     for (int axis = 0; axis < 3; ++axis) {
         int64_t const stride = t.stride[axis];
@@ -41,11 +44,11 @@ Rows rows_of(TensorView const& t, char const* name, TensorView const& k) {
     return {t.data, t.stride[0], t.stride[1], t.stride[2]};
 }
 
-Lengths lengths_of(TensorView const& t, TensorView const& k) {
+Lengths lengths_of(TensorView const& t, char const* name, TensorView const& k) {
     if (!t.given()) return {};
     bool const fits = t.ndim == 1 && t.size[0] == k.size[0] && (t.dtype == DType::i32 || t.dtype == DType::i64);
-    HUNYUAN_CHECK(fits, "kv_len must be (B,), int32 or int64, got ", t.shape(), " of ", name_of(t.dtype));
-    check_on_gpu(t, "kv_len", k);
+    HUNYUAN_CHECK(fits, name, " must be (B,), int32 or int64, got ", t.shape(), " of ", name_of(t.dtype));
+    check_on_gpu(t, name, k);
     return {t.as<int32_t>(), t.stride[0] * (t.dtype == DType::i64 ? 2 : 1)};
 }
 
@@ -57,28 +60,31 @@ float const* lse_of(TensorView const& lse, TensorView const& q) {
     return lse.as<float>();
 }
 
-// Everything but the queries, whose sizes are those of k.
-HopperParams params_of(TensorView const& k, TensorView const& v, TensorView const& kv_len, double scale,
-                       TensorView const& out, TensorView const& lse, int key_tile, int cluster) {
-    HUNYUAN_CHECK(k.ndim == 4, "k must have 4 dimensions, got ", k.shape());
+// Everything but the queries, of which there are as many as rows of out.
+HopperParams params_of(TensorView const& k, TensorView const& v, TensorView const& kv_len, TensorView const& q_len,
+                       double scale, TensorView const& out, TensorView const& lse, int key_tile, int cluster) {
+    HUNYUAN_CHECK(k.ndim == 4 && out.ndim == 4, "k and out must have 4 dimensions, got ", k.shape(), " and ",
+                  out.shape());
     HopperParams p;
-    p.B = narrowed(k.size[0]), p.L = narrowed(k.size[1]), p.N = narrowed(k.size[2]), p.D = narrowed(k.size[3]);
+    p.B = narrowed(k.size[0]), p.keys = narrowed(k.size[1]), p.N = narrowed(k.size[2]), p.D = narrowed(k.size[3]);
+    p.L = q_len.given() ? narrowed(out.size[1]) : p.keys;
     HUNYUAN_CHECK(p.D == 64 || p.D == 128, "the head dimension must be 64 or 128, got ", p.D);
     HUNYUAN_CHECK(scale > 0, "scale must be positive, got ", scale);
     HUNYUAN_CHECK(key_tile == 128 || key_tile == 176, "key_tile must be 128 or 176, got ", key_tile);
     HUNYUAN_CHECK(cluster == 1 || cluster == 2, "cluster must be 1 or 2, got ", cluster);
     p.scale = float(scale), p.key_tile = key_tile, p.cluster = cluster;
     HUNYUAN_CHECK(items_of(p) <= kMost, "there may be ", kMost, " tiles of queries, got ", items_of(p));
-    p.k = rows_of(k, "k", k), p.v = rows_of(v, "v", k), p.out = rows_of(out, "out", k);
-    p.lengths = lengths_of(kv_len, k);
-    p.lse = const_cast<float*>(lse_of(lse, k));
+    p.k = rows_of(k, "k", k, p.keys), p.v = rows_of(v, "v", k, p.keys), p.out = rows_of(out, "out", k, p.L);
+    p.lengths = lengths_of(kv_len, "kv_len", k), p.queries = lengths_of(q_len, "q_len", k);
+    p.lse = const_cast<float*>(lse_of(lse, out));
     return p;
 }
 
 void forward(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const& kv_len, double scale,
-             TensorView const& out, TensorView const& lse, int key_tile, int cluster, uintptr_t stream) {
-    auto p = params_of(k, v, kv_len, scale, out, lse, key_tile, cluster);
-    p.q = rows_of(q, "q", k);
+             TensorView const& out, TensorView const& lse, int key_tile, int cluster, uintptr_t stream,
+             TensorView const& q_len) {
+    auto p = params_of(k, v, kv_len, q_len, scale, out, lse, key_tile, cluster);
+    p.q = rows_of(q, "q", k, p.L);
     auto const run = k.dtype == DType::bf16 ? run_hopper_bf16 : run_hopper_f16;
     run(p, reinterpret_cast<void*>(stream));
 }
@@ -108,7 +114,7 @@ void forward_raw(TensorView const& qkv, TensorView const& q_weight, TensorView c
                  TensorView const& text_qkv, TensorView const& text_q_weight, double eps, TensorView const& k,
                  TensorView const& v, TensorView const& kv_len, double scale, TensorView const& out,
                  TensorView const& lse, int cluster, uintptr_t stream) {
-    auto const p = params_of(k, v, kv_len, scale, out, lse, 176, cluster);
+    auto const p = params_of(k, v, kv_len, {}, scale, out, lse, 176, cluster);
     RawQueries raw;
     raw.stream[0] = raw.stream[1] = raw_rows(qkv, "qkv", q_weight, p, k);
     raw.second = int(qkv.size[1]), raw.eps = float(eps);
@@ -142,13 +148,16 @@ int64_t backward_workspace_size(TensorView const& q) { return backward_workspace
 
 void backward(TensorView const& dout, TensorView const& out, TensorView const& lse, TensorView const& q,
               TensorView const& k, TensorView const& v, TensorView const& kv_len, double scale, TensorView const& dq,
-              TensorView const& dk, TensorView const& dv, TensorView const& workspace, uintptr_t stream) {
+              TensorView const& dk, TensorView const& dv, TensorView const& workspace, uintptr_t stream,
+              TensorView const& q_len) {
     BackwardParams p = backward_sizes(q);
+    HUNYUAN_CHECK(k.ndim == 4, "k must have 4 dimensions, got ", k.shape());
+    p.keys = q_len.given() ? narrowed(k.size[1]) : p.L;
     p.scale = float(scale), p.score_scale = float(scale / std::log(2.0));
-    p.q = rows_of(q, "q", q), p.k = rows_of(k, "k", q), p.v = rows_of(v, "v", q);
-    p.out = rows_of(out, "out", q), p.dout = rows_of(dout, "dout", q);
-    p.dq = rows_of(dq, "dq", q), p.dk = rows_of(dk, "dk", q), p.dv = rows_of(dv, "dv", q);
-    p.lengths = lengths_of(kv_len, q), p.lse = lse_of(lse, q);
+    p.q = rows_of(q, "q", k, p.L), p.k = rows_of(k, "k", k, p.keys), p.v = rows_of(v, "v", k, p.keys);
+    p.out = rows_of(out, "out", k, p.L), p.dout = rows_of(dout, "dout", k, p.L), p.dq = rows_of(dq, "dq", k, p.L);
+    p.dk = rows_of(dk, "dk", k, p.keys), p.dv = rows_of(dv, "dv", k, p.keys);
+    p.lengths = lengths_of(kv_len, "kv_len", k), p.queries = lengths_of(q_len, "q_len", k), p.lse = lse_of(lse, q);
     int64_t const bytes = backward_workspace_bytes(p);
     bool const fits = workspace.dtype == DType::u8 && workspace.is_contiguous() && workspace.numel() >= bytes;
     HUNYUAN_CHECK(fits && reinterpret_cast<uintptr_t>(workspace.data) % 16 == 0, "workspace must be ", bytes,

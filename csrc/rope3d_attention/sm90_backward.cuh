@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     uint32_t const skipped = (sm90::kAtomBytes - start % sm90::kAtomBytes) % sm90::kAtomBytes;
     BackwardBlock<Features> block{start + skipped, allocated + skipped};
     char* const space = static_cast<char*>(p.workspace);
-    int const sequences = p.B * p.N, key_tiles = ceil_div(p.L, kBackwardKeys);
+    int const sequences = p.B * p.N, key_tiles = ceil_div(p.keys, kBackwardKeys);
     auto const w = backward_workspace<Features>(sequences, p.L);
     auto* const ticket = reinterpret_cast<int*>(block.memory + Tile::kTicketAt);
     if (threadIdx.x == 0) {
@@ -289,7 +289,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     BackwardWork const work = backward_work(*ticket, sequences, key_tiles, width);
     block.sequence = work.sequence, block.key_tile = work.key_tile;
     block.batch = work.sequence / p.N, block.head = work.sequence % p.N;
-    block.valid = valid_rows(p, block.batch);
+    TakingPart const part = taking_part(p, block.batch);
+    block.valid = part.keys, block.queries_of_sample = part.queries;
     if (block.first_key() >= block.valid) return;
 
     int const role = __shfl_sync(~0u, int(threadIdx.x) / sm90::kWarpgroup, 0);
@@ -314,11 +315,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 }
 
 template <class T>
-sm90::TensorMap backward_map(BackwardParams const& p, Rows const& rows, int box_rows) {
+sm90::TensorMap backward_map(BackwardParams const& p, Rows const& rows, int length, int box_rows) {
     sm90::TensorBox box;
     box.data = rows.data;
     box.element = std::is_same_v<T, __half> ? sm90::Element::f16 : sm90::Element::bf16;
-    int64_t const size[4] = {p.D, p.L, p.N, p.B}, stride[4] = {1, rows.stride_l, rows.stride_n, rows.stride_b};
+    int64_t const size[4] = {p.D, length, p.N, p.B}, stride[4] = {1, rows.stride_l, rows.stride_n, rows.stride_b};
     int const extent[4] = {sm90::kRowElements, box_rows, 1, 1};
     for (int i = 0; i < 4; ++i) box.size[i] = size[i], box.stride[i] = stride[i], box.box[i] = extent[i];
     return sm90::make_tensor_map(box);
@@ -328,10 +329,11 @@ template <class T, int Features>
 void run_backward_of(BackwardParams const& p, void* stream) {
     using Tile = BackwardTile<Features>;
     constexpr int kRows = Tile::kQueries;
-    BackwardMaps const maps{backward_map<T>(p, p.q, kRows), backward_map<T>(p, p.k, kBackwardKeys),
-                            backward_map<T>(p, p.v, kBackwardKeys), backward_map<T>(p, p.dout, kRows)};
+    BackwardMaps const maps{
+        backward_map<T>(p, p.q, p.L, kRows), backward_map<T>(p, p.k, p.keys, kBackwardKeys),
+        backward_map<T>(p, p.v, p.keys, kBackwardKeys), backward_map<T>(p, p.dout, p.L, kRows)};
     int const query_tiles = ceil_div(p.L, kRows), sequences = p.B * p.N;
-    int const blocks = sequences * ceil_div(p.L, kBackwardKeys);
+    int const blocks = sequences * ceil_div(p.keys, kBackwardKeys);
     int const width = backward_width(sm90::processors(), query_tiles, sequences);
     dim3 const each_tile(query_tiles * sequences);
     sm90::launch(prepare_kernel<T, Features>, each_tile, kEdgeThreads, 0, stream, p);

@@ -10,12 +10,14 @@ namespace hunyuan_fast::rope3d_attention {
 
 struct BackwardParams {
     int B = 0;
-    int L = 0;
+    int L = 0;                 // rows of q, out, dout and dq
+    int keys = 0;              // rows of k, v, dk and dv
     int N = 0;
     int D = 0;                 // 64 or 128
     float scale = 0;           // of the scores
     float score_scale = 0;     // scale / log(2)
-    Lengths lengths;
+    Lengths lengths;           // as in HopperParams
+    Lengths queries;
     Rows q;
     Rows k;
     Rows v;

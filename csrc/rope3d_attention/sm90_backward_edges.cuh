@@ -32,10 +32,8 @@ __device__ float2 unpacked(uint32_t pair) {
     }
 }
 
-__device__ inline int valid_rows(BackwardParams const& p, int batch) {
-    if (p.lengths.data == nullptr) return p.L;
-    int const length = p.lengths.data[batch * p.lengths.step];
-    return length < 0 ? 0 : length > p.L ? p.L : length;
+__device__ inline TakingPart taking_part(BackwardParams const& p, int batch) {
+    return taking_part(p.lengths, p.queries, batch, p.keys, p.L);
 }
 
 // `rows` rows from `first` on, as a tile lies in shared memory; zeros from row `valid` on.
@@ -84,25 +82,40 @@ struct EdgePlace {
     int head;
     int batch;
     int first;                // row
-    int valid;                // rows of the sample
+    TakingPart valid;         // rows of the sample
 
     __device__ explicit EdgePlace(BackwardParams const& p) {
         int const tiles = ceil_div(p.L, kQueries);
         tile = int(at % tiles), sequence = at / tiles;
         head = int(sequence % p.N), batch = int(sequence / p.N);
-        first = tile * kQueries, valid = valid_rows(p, batch);
+        first = tile * kQueries, valid = taking_part(p, batch);
     }
 };
 
 template <class T, int Features>
 __device__ void write_edges(char* edge, BackwardParams const& p, EdgePlace<Features> const& place) {
     using Tile = BackwardTile<Features>;
-    int const batch = place.batch, head = place.head, valid = place.valid;
-    int const query = valid / Tile::kQueries * Tile::kQueries, key = valid / kBackwardKeys * kBackwardKeys;
-    write_tile<T, Features>(edge + Tile::kEdgeQueriesAt, p.q, batch, head, query, Tile::kQueries, valid);
-    write_tile<T, Features>(edge + Tile::kEdgeDoutAt, p.dout, batch, head, query, Tile::kQueries, valid);
-    write_tile<T, Features>(edge + Tile::kEdgeKeysAt, p.k, batch, head, key, kBackwardKeys, valid);
-    write_tile<T, Features>(edge + Tile::kEdgeValuesAt, p.v, batch, head, key, kBackwardKeys, valid);
+    int const batch = place.batch, head = place.head, queries = place.valid.queries, keys = place.valid.keys;
+    int const query = queries / Tile::kQueries * Tile::kQueries, key = keys / kBackwardKeys * kBackwardKeys;
+    write_tile<T, Features>(edge + Tile::kEdgeQueriesAt, p.q, batch, head, query, Tile::kQueries, queries);
+    write_tile<T, Features>(edge + Tile::kEdgeDoutAt, p.dout, batch, head, query, Tile::kQueries, queries);
+    write_tile<T, Features>(edge + Tile::kEdgeKeysAt, p.k, batch, head, key, kBackwardKeys, keys);
+    write_tile<T, Features>(edge + Tile::kEdgeValuesAt, p.v, batch, head, key, kBackwardKeys, keys);
+}
+
+// Zeros for rows that take no part, of which this block has every `stride`-th tile of rows from its own on.
+template <class T, int Features>
+__device__ void clear_padding(Rows const& gradient, EdgePlace<Features> const& place, int valid, int rows, int stride) {
+    constexpr int kChunks = Features / sm90::kChunkElements, kQueries = EdgePlace<Features>::kQueries;
+    for (int tile = place.tile; tile * int64_t(kQueries) < rows; tile += stride) {
+        for (int i = threadIdx.x; i < kQueries * kChunks; i += kEdgeThreads) {
+            int const row = tile * kQueries + i / kChunks;
+            if (row >= valid && row < rows) {
+                *reinterpret_cast<Sixteen*>(chunk_of<T>(gradient, place.batch, row, place.head, i % kChunks)) =
+                    Sixteen{};
+            }
+        }
+    }
 }
 
 #endif  // HUNYUAN_SM90A
@@ -121,18 +134,19 @@ __global__ void __launch_bounds__(kEdgeThreads) prepare_kernel(__grid_constant__
     auto* const delta = reinterpret_cast<float*>(space + w.delta) + at * Tile::kQueries;
     for (int row = thread / kChunks; row < Tile::kQueries; row += kEdgeThreads / kChunks) {
         int const query = place.first + row, chunk = thread % kChunks;
-        float const sum = delta_of<T, Features>(p, place.batch, query, place.head, chunk, place.valid);
+        float const sum = delta_of<T, Features>(p, place.batch, query, place.head, chunk, place.valid.queries);
         if (chunk == 0) {
-            lse[row] = query < place.valid ? p.lse[place.sequence * p.L + query] * kLog2E : infinity();
+            float const known = query < place.valid.queries ? p.lse[place.sequence * p.L + query] : -infinity();
+            // a row that has seen no key has no probabilities
+            lse[row] = known == -infinity() ? infinity() : known * kLog2E;
             delta[row] = sum;
         }
-        if (query >= place.valid && query < p.L) {
-            for (Rows const* gradient : {&p.dq, &p.dk, &p.dv}) {
-                *reinterpret_cast<Sixteen*>(chunk_of<T>(*gradient, place.batch, query, place.head, chunk)) = Sixteen{};
-            }
-        }
     }
-    if (place.first < place.valid) {
+    int const tiles = ceil_div(p.L, Tile::kQueries);
+    clear_padding<T, Features>(p.dq, place, place.valid.queries, p.L, tiles);
+    clear_padding<T, Features>(p.dk, place, place.valid.keys, p.keys, tiles);
+    clear_padding<T, Features>(p.dv, place, place.valid.keys, p.keys, tiles);
+    if (place.first < place.valid.queries) {
         auto* const sums = reinterpret_cast<Sixteen*>(space + w.sums) + at * (Tile::kSums / 4);
         for (int i = thread; i < Tile::kSums / 4; i += kEdgeThreads) sums[i] = Sixteen{};
         if (thread == 0) reinterpret_cast<int*>(space + w.turns)[at] = 0;
@@ -158,7 +172,7 @@ __global__ void __launch_bounds__(kEdgeThreads) finish_kernel(__grid_constant__ 
     static_assert(kEdgeThreads == kBackwardConsumers * sm90::kWarpgroup);
     constexpr int kColumns = kFinishColumns<Features>, kChunks = Features / sm90::kChunkElements;
     EdgePlace<Features> const place(p);
-    if (place.first >= place.valid) return;
+    if (place.first >= place.valid.queries) return;
     auto const w = backward_workspace<Features>(int64_t(p.B) * p.N, p.L);
     auto const* const sums =
         reinterpret_cast<float const*>(static_cast<char*>(p.workspace) + w.sums) + place.at * Tile::kSums;
@@ -177,7 +191,7 @@ __global__ void __launch_bounds__(kEdgeThreads) finish_kernel(__grid_constant__ 
     __syncthreads();
     for (int i = threadIdx.x; i < Tile::kQueries * kChunks; i += kEdgeThreads) {
         int const row = i / kChunks, chunk = i % kChunks;
-        if (place.first + row >= place.valid) break;
+        if (place.first + row >= place.valid.queries) break;
         float const* const eight = rows + row * kColumns + chunk * sm90::kChunkElements;
         Sixteen rounded;
 #pragma unroll

@@ -24,11 +24,12 @@ struct BackwardBlock {
     int batch;
     int head;
     int key_tile;
-    int valid;       // rows of the sample
+    int valid;       // keys of the sample
+    int queries_of_sample;
     int64_t sequence;
 
     __device__ int first_key() const { return key_tile * kBackwardKeys; }
-    __device__ int query_tiles() const { return ceil_div(valid, Tile::kQueries); }
+    __device__ int query_tiles() const { return ceil_div(queries_of_sample, Tile::kQueries); }
 
     __device__ uint32_t keys() const { return base + Tile::kKeysAt; }
     __device__ uint32_t values() const { return base + Tile::kValuesAt; }
@@ -79,11 +80,11 @@ struct BackwardLoader {
     BackwardMaps const& maps;
     char const* edge;
 
-    // A tile of `rows` rows, from the tensor or, the last one, from its copy that ends in zeros.
-    __device__ void load(uint32_t to, sm90::TensorMap const& map, int first, int rows, int edge_at,
+    // A tile of `rows` rows, from the tensor or, the last of `valid` ones, from its copy that ends in zeros.
+    __device__ void load(uint32_t to, sm90::TensorMap const& map, int first, int rows, int valid, int edge_at,
                          uint32_t barrier) const {
         uint32_t const block_bytes = rows * sm90::kRowBytes;
-        if (first + rows > block.valid) {
+        if (first + rows > valid) {
             sm90::copy_bulk(to, edge + edge_at, Tile::kBlocks * block_bytes, barrier);
             return;
         }
@@ -96,8 +97,10 @@ struct BackwardLoader {
 
     __device__ void run(char const* space, BackwardWorkspace const& w) const {
         sm90::arrive_expecting(block.keys_full(), 2 * Tile::kKeyBytes);
-        load(block.keys(), maps.k, block.first_key(), kBackwardKeys, Tile::kEdgeKeysAt, block.keys_full());
-        load(block.values(), maps.v, block.first_key(), kBackwardKeys, Tile::kEdgeValuesAt, block.keys_full());
+        load(block.keys(), maps.k, block.first_key(), kBackwardKeys, block.valid, Tile::kEdgeKeysAt,
+             block.keys_full());
+        load(block.values(), maps.v, block.first_key(), kBackwardKeys, block.valid, Tile::kEdgeValuesAt,
+             block.keys_full());
         int64_t const numbers = block.sequence * ceil_div(p.L, Tile::kQueries) * Tile::kRowNumbers;
         char const *lse = space + w.lse + numbers, *delta = space + w.delta + numbers;
         sm90::Ring<kBackwardStages> ring;
@@ -107,10 +110,12 @@ struct BackwardLoader {
             uint32_t const queries = block.queries_full(ring.stage), dout = block.dout_full(ring.stage);
             sm90::wait(block.stage_free(ring.stage), ring.phase ^ 1);
             sm90::arrive_expecting(queries, Tile::kQueryBytes + Tile::kRowNumbers);
-            load(block.queries(ring.stage), maps.q, first, Tile::kQueries, Tile::kEdgeQueriesAt, queries);
+            load(block.queries(ring.stage), maps.q, first, Tile::kQueries, block.queries_of_sample,
+                 Tile::kEdgeQueriesAt, queries);
             sm90::copy_bulk(block.lse(ring.stage), lse, Tile::kRowNumbers, queries);
             sm90::arrive_expecting(dout, Tile::kQueryBytes + Tile::kRowNumbers);
-            load(block.dout(ring.stage), maps.dout, first, Tile::kQueries, Tile::kEdgeDoutAt, dout);
+            load(block.dout(ring.stage), maps.dout, first, Tile::kQueries, block.queries_of_sample,
+                 Tile::kEdgeDoutAt, dout);
             sm90::copy_bulk(block.delta(ring.stage), delta, Tile::kRowNumbers, dout);
             lse += Tile::kRowNumbers, delta += Tile::kRowNumbers;
             ring.advance();

@@ -82,10 +82,8 @@ struct Progress {
     __device__ uint32_t tail_phase(int stage) const { return tails >> stage & 1; }
 };
 
-__device__ inline int valid_tokens(HopperParams const& p, int b) {
-    if (p.lengths.data == nullptr) return p.L;
-    int const length = p.lengths.data[b * p.lengths.step];
-    return length < 0 ? 0 : length < p.L ? length : p.L;
+__device__ inline TakingPart taking_part(HopperParams const& p, int b) {
+    return taking_part(p.lengths, p.queries, b, p.keys, p.L);
 }
 
 // Keys or values of which only some are valid. Those past them are zeros: a probability of 0 times what padding holds

@@ -210,11 +210,11 @@ __device__ void consume(HopperParams const& p, Shared<S> const& shared, int cons
     if (consumer == 1) pass_turn(consumer);
     for (uint32_t index = blockIdx.x / S::kCluster; index < items; index += gridDim.x / S::kCluster) {
         Item const item = item_of(p, index, S::kCluster);
-        int const valid = valid_tokens(p, item.b);
+        TakingPart const valid = taking_part(p, item.b);
         float sums[S::kFeatures / 2] = {};
         Online online;
-        if (item.first_row < valid) attend<T, S>(p, shared, consumer, valid, sums, online, progress);
-        send_rows<T, S>(p, item, first_query(item, shared.rank, consumer), valid, sums, online);
+        if (item.first_row < valid.queries) attend<T, S>(p, shared, consumer, valid.keys, sums, online, progress);
+        send_rows<T, S>(p, item, first_query(item, shared.rank, consumer), valid.queries, sums, online);
     }
     __syncwarp();
     if (consumer == 0) begin_turn(consumer);  // the last one is passed to nobody else
@@ -227,8 +227,8 @@ __device__ void produce(HopperParams const& p, Maps const& maps, Shared<S> const
     Progress progress;
     for (uint32_t index = blockIdx.x / S::kCluster; index < items; index += gridDim.x / S::kCluster) {
         Item const item = item_of(p, index, S::kCluster);
-        int const valid = valid_tokens(p, item.b);
-        if (item.first_row < valid) fetch_item<T, S>(p, maps, shared, item, valid, lane, progress);
+        TakingPart const valid = taking_part(p, item.b);
+        if (item.first_row < valid.queries) fetch_item<T, S>(p, maps, shared, item, valid.keys, lane, progress);
     }
     // stays until all that it has begun is there and read, in all blocks
     for (int stage = 0; stage < kStages; ++stage, progress.values.advance()) {
@@ -268,11 +268,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T>
-sm90::TensorMap map_of(HopperParams const& p, Rows const& rows, int box_rows) {
+sm90::TensorMap map_of(HopperParams const& p, Rows const& rows, int length, int box_rows) {
     sm90::TensorBox box;
     box.data = rows.data;
     box.element = std::is_same_v<T, __half> ? sm90::Element::f16 : sm90::Element::bf16;
-    int64_t const size[4] = {p.D, p.L, p.N, p.B}, stride[4] = {1, rows.stride_l, rows.stride_n, rows.stride_b};
+    int64_t const size[4] = {p.D, length, p.N, p.B}, stride[4] = {1, rows.stride_l, rows.stride_n, rows.stride_b};
     int const extent[4] = {sm90::kRowElements, box_rows, 1, 1};
     for (int i = 0; i < 4; ++i) box.size[i] = size[i], box.stride[i] = stride[i], box.box[i] = extent[i];
     return sm90::make_tensor_map(box);
@@ -282,8 +282,8 @@ sm90::TensorMap map_of(HopperParams const& p, Rows const& rows, int box_rows) {
 template <class T, class S>
 void run_shape(HopperParams const& p, QueriesOf<S> const& raw, void* stream) {
     constexpr int Cluster = S::kCluster;
-    Maps const maps{map_of<T>(p, S::kRaw ? p.k : p.q, sm90::kBlockRows), map_of<T>(p, p.k, S::kFetchedKeys),
-                    map_of<T>(p, p.v, S::kFetchedKeys)};
+    Maps const maps{map_of<T>(p, S::kRaw ? p.k : p.q, p.L, sm90::kBlockRows),
+                    map_of<T>(p, p.k, p.keys, S::kFetchedKeys), map_of<T>(p, p.v, p.keys, S::kFetchedKeys)};
     auto const items = uint32_t(items_of(p));
     unsigned const most = unsigned(sm90::processors()) / Cluster;
     unsigned const blocks = (items < most ? items : most) * Cluster;

@@ -47,6 +47,29 @@ struct Shape {
     static_assert(kAllocated <= sm90::kSharedBytes);
 };
 
+// ---- which rows take part
+
+// How many queries and keys of a sample: some of both, or none.
+struct TakingPart {
+    int queries = 0;
+    int keys = 0;
+};
+
+HUNYUAN_HOST_DEVICE inline int rows_of_sample(Lengths const& lengths, int b, int rows) {
+    if (lengths.data == nullptr) return rows;
+    int const length = lengths.data[b * lengths.step];
+    return length < 0 ? 0 : length < rows ? length : rows;
+}
+
+HUNYUAN_HOST_DEVICE inline TakingPart taking_part(Lengths const& of_keys, Lengths const& of_queries, int b, int keys,
+                                                  int queries) {
+    TakingPart part;
+    part.queries = part.keys = rows_of_sample(of_keys, b, keys);
+    if (of_queries.data == nullptr) return part;
+    part.queries = rows_of_sample(of_queries, b, queries);
+    return part.queries == 0 || part.keys == 0 ? TakingPart{} : part;
+}
+
 // ---- items: 128 query rows of one head for each block of a cluster
 
 // All heads of a sample one after the other, and of each all query rows before the next: the thread blocks go through

@@ -124,7 +124,7 @@ __device__ void prepare(HopperParams const& p, RawQueries const& raw, Shared<S> 
     uint32_t filled = 0;  // buffers
     for (uint32_t index = blockIdx.x / S::kCluster; index < items; index += gridDim.x / S::kCluster) {
         Item const item = item_of(p, index, S::kCluster);
-        int const valid = valid_tokens(p, item.b);
+        int const valid = taking_part(p, item.b).queries;
         if (item.first_row >= valid) continue;
         do {
             int const first = first_query(item, shared.rank, filled % kConsumers);

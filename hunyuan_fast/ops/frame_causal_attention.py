@@ -15,13 +15,21 @@ _ROOM = "frame_causal_attention"
 
 
 def frame_causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, tokens_per_frame: int, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tokens_per_frame: int,
+    query_tokens_per_frame: int | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Attention where a token sees every token of its own frame and of earlier frames.
 
     q: (B, Lq, N, D); k, v: (B, Lk, N, D), frame by frame, one floating-point dtype, any strides.
         Lk may be larger than Lq: the queries are then the last frames of the clip that k and v
         hold. Both are multiples of tokens_per_frame.
+    query_tokens_per_frame: how many queries a frame has, where they are not as many as its keys:
+        a part of every frame, say. Lq is a multiple of it, and 0 where it is 0.
     scale: factor of the scores, 1/sqrt(D) when ``None``.
 
     Returns (B, Lq, N, D). No mask is built, and memory grows linearly with the number of tokens.
@@ -29,17 +37,15 @@ def frame_causal_attention(
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
     """
     _check_tensors(q, k, v)
-    _check_frames(q, k, tokens_per_frame)
+    _check_frames(q, k, tokens_per_frame, query_tokens_per_frame)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    out, _ = _forward(q, k, v, tokens_per_frame, scale)
+    own = () if query_tokens_per_frame is None else (query_tokens_per_frame,)
+    out, _ = _forward(q, k, v, tokens_per_frame, scale, *own)
     return out
 
 
-def _forward_kernel(
-    q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    args = q, k, v, tokens_per_frame, scale
+def _forward_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     return select(_ROOM, *args).forward(*args)
 
 
@@ -50,7 +56,7 @@ def _fake_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.tokens_per_frame, ctx.scale = inputs
+    q, k, v, *ctx.numbers = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
@@ -59,8 +65,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return None, None, None, None, None
-    return *_backward(dout, *ctx.saved_tensors, ctx.tokens_per_frame, ctx.scale), None, None
+        return None, None, None, None, None, None
+    return *_backward(dout, *ctx.saved_tensors, *ctx.numbers), None, None, None
 
 
 def _backward_kernel(
@@ -75,7 +81,9 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_ARGUMENTS = "Tensor q, Tensor k, Tensor v, SymInt tokens_per_frame, float scale"
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, SymInt tokens_per_frame, float scale, SymInt? query_tokens=None"
+)
 _forward = define(
     f"{_ROOM}({_ARGUMENTS}) -> (Tensor, Tensor)",
     _forward_kernel,
@@ -103,21 +111,34 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise TypeError(f"q must hold floating-point numbers, got {q.dtype}")
     if q.shape[-1] == 0:
         raise ValueError(f"the head dimension D must be at least 1, got shape {tuple(q.shape)}")
-    if k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:] or k.shape[1] < q.shape[1]:
+    if k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
         raise ValueError(
-            "k must have the batch, heads and head dimension of q and at least as many tokens, "
+            "k must have the batch, heads and head dimension of q, "
             f"{tuple(q.shape)}, got {tuple(k.shape)}"
         )
     if v.shape != k.shape:
         raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
 
 
-def _check_frames(q: Tensor, k: Tensor, tokens_per_frame: int) -> None:
-    if isinstance(tokens_per_frame, (bool, float)):
-        raise TypeError(f"tokens_per_frame must be an int, got {tokens_per_frame!r}")
-    for name, x in (("q", q), ("k", k)):
-        if tokens_per_frame <= 0 or x.shape[1] % tokens_per_frame:
-            raise ValueError(
-                f"{name} must hold whole frames of tokens_per_frame = {tokens_per_frame}, "
-                f"got {x.shape[1]}"
-            )
+def _check_frames(
+    q: Tensor, k: Tensor, tokens_per_frame: int, query_tokens_per_frame: int | None
+) -> None:
+    if query_tokens_per_frame is None:
+        asking = tokens_per_frame
+        _check_whole("q", q, "tokens_per_frame", asking)
+    else:
+        asking = query_tokens_per_frame
+        _check_whole("q", q, "query_tokens_per_frame", asking, least=0)
+    _check_whole("k", k, "tokens_per_frame", tokens_per_frame)
+    if asking and q.shape[1] // asking > k.shape[1] // tokens_per_frame:
+        raise ValueError(
+            f"k must hold at least as many frames as q, {q.shape[1] // asking}, got "
+            f"{k.shape[1] // tokens_per_frame}"
+        )
+
+
+def _check_whole(name: str, x: Tensor, of_what: str, tokens: int, least: int = 1) -> None:
+    if isinstance(tokens, (bool, float)):
+        raise TypeError(f"{of_what} must be an int, got {tokens!r}")
+    if tokens < least or (x.shape[1] % tokens if tokens else x.shape[1]):
+        raise ValueError(f"{name} must hold whole frames of {of_what} = {tokens}, got {x.shape[1]}")

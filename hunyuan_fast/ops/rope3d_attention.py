@@ -3,6 +3,7 @@
 Formula and contract: ``hunyuan_fast.kernels.rope3d_attention``.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -180,12 +181,14 @@ def _new_lse(q: Tensor) -> Tensor:
 
 
 def _backward_kernel(
-    dout: Tensor, out: Tensor, lse: Tensor, *args: Any
+    dout: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if len(args) > _PLAIN and args[_PLAIN] is not None:
-        impl = select(_ROOM, *args[:_PLAIN], None, *args[_PLAIN:])
-        return impl.backward(dout, out, lse, *args)
-    args = args[:_PLAIN]
+    args: Sequence[Any] = rest
+    if len(args) > _PLAIN:
+        *args, q_len = args
+        if q_len is not None:
+            impl = select(_ROOM, *args, None, q_len)
+            return impl.backward(dout, out, lse, *args, q_len)
     return select(_ROOM, *args).backward(dout, out, lse, *args)
 
 
@@ -196,7 +199,7 @@ def _fake_backward(
 
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? kv_len, float scale"
-_PLAIN = 5  # so many
+_PLAIN = 5  # so many arguments
 # Last and with a default: a call without it is not longer than it has to be.
 _OWN = "Tensor? q_len=None"
 _forward = define(

@@ -20,11 +20,16 @@ the number of tokens. Later frames are not read for the outputs of earlier ones:
 NaN included, does not reach them. Gradients of keys and values are sums over their own frame and
 all later ones.
 
-Shapes: q, out ``(B, Lq, N, D)``; k, v ``(B, Lk, N, D)``, Lk >= Lq; lse ``(B, N, Lq)``, fp32 (fp64
-for fp64 inputs).
+**Some queries of every frame.** With ``query_tokens`` a frame has that many queries, R of them, and
+S keys all the same: whoever holds a part of every frame asks the whole frames of all. The queries
+are then those of the last Lq / R frames, and query i stands in frame Lk / S - Lq / R + i // R.
+
+Shapes: q, out ``(B, Lq, N, D)``; k, v ``(B, Lk, N, D)``, no fewer frames than those of the queries;
+lse ``(B, N, Lq)``, fp32 (fp64 for fp64 inputs).
 
 Every implementation has
-``forward(q, k, v, tokens_per_frame, scale) -> (out, lse)``,
-``backward(dout, out, lse, q, k, v, tokens_per_frame, scale) -> (dq, dk, dv)`` and
-``supports(q, k, v, tokens_per_frame, scale)``; lse is exchangeable between implementations.
+``forward(q, k, v, tokens_per_frame, scale, query_tokens=None) -> (out, lse)``,
+``backward(dout, out, lse, q, k, v, tokens_per_frame, scale, query_tokens=None) -> (dq, dk, dv)``
+and ``supports(q, k, v, tokens_per_frame, scale, query_tokens=None)``; lse is exchangeable between
+implementations.
 """

@@ -14,7 +14,14 @@ from hunyuan_fast.kernels.rope3d_attention import cpu_impl as joint
 VERIFIED_ON = frozenset({"cpu"})
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, scale: float) -> str | None:
+def supports(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens_per_frame: int,
+    scale: float,
+    query_tokens: int | None = None,
+) -> str | None:
     """None, or why the C++ kernels cannot answer this call."""
     if q.numel() == 0:
         return f"the tensors are empty, q has shape {tuple(q.shape)}"
@@ -27,17 +34,22 @@ def prefers(arch: str, q: Tensor, *_: object) -> str | None:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens_per_frame: int,
+    scale: float,
+    query_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, Lq, N, D) and log-sum-exp (B, N, Lq)."""
     batch, queries, num_heads, _ = q.shape
     q, k, v = (_rows(x) for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((batch, num_heads, queries), dtype=torch.float32)
-    whole = _whole_frames(batch, tokens_per_frame)
-    for rows, visible in frames(q, k, tokens_per_frame):
+    asking = _asking(q, tokens_per_frame, query_tokens)
+    for rows, visible in frames(q, k, tokens_per_frame, query_tokens):
         tensors = q[:, rows], k[:, :visible], v[:, :visible]
-        _, lse[:, :, rows] = joint.forward(*tensors, None, scale, out[:, rows], whole)
+        _, lse[:, :, rows] = joint.forward(*tensors, None, scale, out[:, rows], asking)
     return out, lse
 
 
@@ -50,25 +62,26 @@ def backward(
     v: Tensor,
     tokens_per_frame: int,
     scale: float,
+    query_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their shapes."""
     dout, out, q, k, v = (_rows(x) for x in (dout, out, q, k, v))
     dq = torch.empty(q.shape, dtype=q.dtype)
     dk, dv = (torch.zeros(x.shape) for x in (k, v))
-    whole = _whole_frames(q.shape[0], tokens_per_frame)
-    for rows, visible in frames(q, k, tokens_per_frame):
+    asking = _asking(q, tokens_per_frame, query_tokens)
+    for rows, visible in frames(q, k, tokens_per_frame, query_tokens):
         of_queries = dout[:, rows], out[:, rows], lse[:, :, rows], q[:, rows]
         dq[:, rows], key_share, value_share = joint.backward(
-            *of_queries, k[:, :visible], v[:, :visible], None, scale, whole
+            *of_queries, k[:, :visible], v[:, :visible], None, scale, asking
         )
         dk[:, :visible] += key_share
         dv[:, :visible] += value_share
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _whole_frames(batch: int, tokens_per_frame: int) -> Tensor:
-    """``q_len`` of the queries of a frame: all of them."""
-    return torch.full((batch,), tokens_per_frame)
+def _asking(q: Tensor, tokens_per_frame: int, query_tokens: int | None) -> Tensor:
+    """``q_len`` of the queries of a frame: all that it has."""
+    return torch.full(q.shape[:1], tokens_per_frame if query_tokens is None else query_tokens)
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -19,7 +19,14 @@ _cuda_backward = torch.ops.aten._efficient_attention_backward
 _LSE_ALIGNMENT = 32
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, scale: float) -> str | None:
+def supports(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens_per_frame: int,
+    scale: float,
+    query_tokens: int | None = None,
+) -> str | None:
     """``None`` when torch has a kernel for these tensors, else the reason."""
     if q.device.type not in ("cpu", "cuda"):
         return f"torch brings attention kernels for cpu and cuda, got {q.device.type}"
@@ -37,7 +44,12 @@ def supports(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, scale: floa
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens_per_frame: int,
+    scale: float,
+    query_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, Lq, N, D) and log-sum-exp (B, N, Lq)."""
     run = _forward_cpu if q.device.type == "cpu" else _forward_cuda
@@ -45,7 +57,7 @@ def forward(
     out = q.new_empty(q.shape)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty((batch, num_heads, queries), dtype=lse_dtype)
-    for rows, visible in frames(q, k, tokens_per_frame):
+    for rows, visible in frames(q, k, tokens_per_frame, query_tokens):
         result, sums = run(q[:, rows], k[:, :visible], v[:, :visible], scale)
         out[:, rows] = result
         lse[:, :, rows] = sums
@@ -61,6 +73,7 @@ def backward(
     v: Tensor,
     tokens_per_frame: int,
     scale: float,
+    query_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their shapes."""
     run = _backward_cpu if q.device.type == "cpu" else _backward_cuda
@@ -69,7 +82,7 @@ def backward(
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     dq = q.new_empty(q.shape)
     dk, dv = (x.new_zeros(x.shape, dtype=accumulate) for x in (k, v))
-    for rows, visible in frames(q, k, tokens_per_frame):
+    for rows, visible in frames(q, k, tokens_per_frame, query_tokens):
         of_queries = dout[:, rows], out[:, rows], lse[:, :, rows], q[:, rows]
         dq[:, rows], key_share, value_share = run(
             *of_queries, k[:, :visible], v[:, :visible], scale
@@ -79,11 +92,16 @@ def backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def frames(q: Tensor, k: Tensor, tokens_per_frame: int) -> list[tuple[slice, int]]:
+def frames(
+    q: Tensor, k: Tensor, tokens_per_frame: int, query_tokens: int | None
+) -> list[tuple[slice, int]]:
     """The queries of every frame, and how many keys, the first ones, they see."""
     queries, keys = q.shape[1], k.shape[1]
-    ends = range(tokens_per_frame, queries + 1, tokens_per_frame)
-    return [(slice(end - tokens_per_frame, end), keys - queries + end) for end in ends]
+    step = tokens_per_frame if query_tokens is None else query_tokens
+    ends = range(step, queries + 1, step)
+    return [
+        (slice(end - step, end), keys - (queries - end) // step * tokens_per_frame) for end in ends
+    ]
 
 
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

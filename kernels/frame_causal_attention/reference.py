@@ -18,19 +18,31 @@ def example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, float]:
     return q, k, v, 64, 512**-0.5
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, scale: float) -> str | None:
+def supports(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens_per_frame: int,
+    scale: float,
+    query_tokens: int | None = None,
+) -> str | None:
     """``None``: the reference answers every call that the op accepts."""
     return None
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens_per_frame: int,
+    scale: float,
+    query_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, Lq, N, D) and log-sum-exp (B, N, Lq)."""
     query, key, value = (_heads_first(x) for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(query.shape[:-1], dtype=query.dtype, device=q.device)
-    for rows, visible in _blocks(q.shape[1], k.shape[1], tokens_per_frame):
+    for rows, visible in _blocks(q.shape[1], k.shape[1], tokens_per_frame, query_tokens):
         scores = scale * (query[:, :, rows] @ key[:, :, :visible].mT)
         lse[:, :, rows] = scores.logsumexp(-1)
         probabilities = torch.exp(scores - lse[:, :, rows, None])
@@ -47,12 +59,13 @@ def backward(
     v: Tensor,
     tokens_per_frame: int,
     scale: float,
+    query_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in their shapes; probabilities are computed anew from ``lse``."""
     query, key, value, dout, out = (_heads_first(x) for x in (q, k, v, dout, out))
     delta = (dout * out).sum(-1, keepdim=True)
     dquery, dkey, dvalue = (torch.zeros_like(x) for x in (query, key, value))
-    for rows, visible in _blocks(q.shape[1], k.shape[1], tokens_per_frame):
+    for rows, visible in _blocks(q.shape[1], k.shape[1], tokens_per_frame, query_tokens):
         seen_key, seen_value = key[:, :, :visible], value[:, :, :visible]
         scores = scale * (query[:, :, rows] @ seen_key.mT)
         probabilities = torch.exp(scores - lse[:, :, rows, None])
@@ -64,12 +77,16 @@ def backward(
     return dq, dk, dv
 
 
-def _blocks(queries: int, keys: int, tokens_per_frame: int) -> Iterator[tuple[slice, int]]:
+def _blocks(
+    queries: int, keys: int, tokens_per_frame: int, query_tokens: int | None
+) -> Iterator[tuple[slice, int]]:
     """Blocks of queries of one frame, and how many keys, the first ones, each of them sees."""
-    for frame in range(0, queries, tokens_per_frame):
-        end = frame + tokens_per_frame
+    step = tokens_per_frame if query_tokens is None else query_tokens
+    for frame in range(0, queries, max(step, 1)):
+        end = frame + step
+        later = (queries - end) // step * tokens_per_frame
         for start in range(frame, end, QUERY_BLOCK):
-            yield slice(start, min(start + QUERY_BLOCK, end)), keys - queries + end
+            yield slice(start, min(start + QUERY_BLOCK, end)), keys - later
 
 
 def _heads_first(x: Tensor) -> Tensor:

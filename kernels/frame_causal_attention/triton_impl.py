@@ -30,7 +30,14 @@ VERIFIED_ON: frozenset[str] = frozenset()
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, scale: float) -> str | None:
+def supports(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens_per_frame: int,
+    scale: float,
+    query_tokens: int | None = None,
+) -> str | None:
     """None, or why the Triton kernels cannot answer this call."""
     if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"q must be on a CUDA device, it is on {q.device}"
@@ -44,7 +51,12 @@ def supports(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, scale: floa
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens_per_frame: int,
+    scale: float,
+    query_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, Lq, N, D) and log-sum-exp (B, N, Lq)."""
     batch, queries, num_heads, head_dim = q.shape
@@ -52,12 +64,13 @@ def forward(
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, num_heads, queries), dtype=torch.float32)
     hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
-    tile = forward_tile(head_dim, tokens_per_frame, hopper)
-    programs = queries // tokens_per_frame * triton.cdiv(tokens_per_frame, tile.queries)
+    asking = tokens_per_frame if query_tokens is None else query_tokens
+    tile = forward_tile(head_dim, asking, hopper)
+    programs = queries // asking * triton.cdiv(asking, tile.queries)
     with _device_of(q):
         forward_kernel[(programs, batch * num_heads * triton.cdiv(head_dim, tile.values))](
             *(q, k, v, out, lse),
-            *_sizes(q, k, tokens_per_frame, scale),
+            *_sizes(q, k, tokens_per_frame, asking, scale),
             *_strides(q, k, v),
             VALUES=tile.values,
             **_constants(head_dim, tile),
@@ -74,6 +87,7 @@ def backward(
     v: Tensor,
     tokens_per_frame: int,
     scale: float,
+    query_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their shapes."""
     batch, queries, num_heads, head_dim = q.shape
@@ -81,10 +95,11 @@ def backward(
     lse = lse.contiguous()
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    sizes = _sizes(q, k, tokens_per_frame, scale)
+    asking = tokens_per_frame if query_tokens is None else query_tokens
+    sizes = _sizes(q, k, tokens_per_frame, asking, scale)
     with _device_of(q):
-        tile = query_gradient_tile(head_dim, tokens_per_frame)
-        programs = queries // tokens_per_frame * triton.cdiv(tokens_per_frame, tile.queries)
+        tile = query_gradient_tile(head_dim, asking)
+        programs = queries // asking * triton.cdiv(asking, tile.queries)
         query_gradient_kernel[(programs, batch * num_heads)](
             *(dout, out, lse, q, k, v, dq, delta),
             *sizes,
@@ -92,10 +107,11 @@ def backward(
             **_constants(head_dim, tile),
         )
         tile = key_gradient_tile(head_dim, tokens_per_frame)
+        past = k.shape[1] // tokens_per_frame - queries // asking  # frames
         programs = k.shape[1] // tokens_per_frame * triton.cdiv(tokens_per_frame, tile.keys)
         key_gradient_kernel[(programs, batch * num_heads)](
             *(dout, lse, delta, q, k, v, dk, dv),
-            *sizes,
+            *(num_heads, queries, past, asking, tokens_per_frame, scale),
             *_strides(dout, q, k, v),
             **_constants(head_dim, tile),
         )
@@ -103,11 +119,12 @@ def backward(
 
 
 def _sizes(
-    q: Tensor, k: Tensor, tokens_per_frame: int, scale: float
-) -> tuple[int, int, int, int, float]:
-    """num_heads, queries, past, tokens, scale."""
+    q: Tensor, k: Tensor, tokens_per_frame: int, asking: int, scale: float
+) -> tuple[int, int, int, int, int, float]:
+    """num_heads, queries, past, tokens, key_tokens, scale."""
     queries = q.shape[1]
-    return q.shape[2], queries, k.shape[1] - queries, tokens_per_frame, scale
+    past = k.shape[1] - queries // asking * tokens_per_frame
+    return q.shape[2], queries, past, asking, tokens_per_frame, scale
 
 
 def _strides(*tensors: Tensor) -> list[int]:

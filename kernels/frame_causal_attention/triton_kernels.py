@@ -46,7 +46,8 @@ def forward_kernel(
     num_heads,
     queries,
     past,  # keys before those of the first query's frame
-    tokens,  # of a frame
+    tokens,  # queries of a frame
+    key_tokens,
     scale,
     stride_qb,
     stride_ql,
@@ -74,7 +75,7 @@ def forward_kernel(
     inside = first + tl.arange(0, QUERIES)
     l = frame * tokens + inside
     valid = inside < tokens
-    visible = past + (frame + 1) * tokens
+    visible = past + (frame + 1) * key_tokens
     q = _tile(q_ptr + b * stride_qb + n * stride_qn, l, stride_ql, valid, 0, D, BLOCK_D)
     k_head = k_ptr + b * stride_kb + n * stride_kn
     v_head = v_ptr + b * stride_vb + n * stride_vn
@@ -117,6 +118,7 @@ def query_gradient_kernel(
     queries,
     past,
     tokens,
+    key_tokens,
     scale,
     stride_db,
     stride_dl,
@@ -146,7 +148,7 @@ def query_gradient_kernel(
     inside = first + tl.arange(0, QUERIES)
     l = frame * tokens + inside
     valid = inside < tokens
-    visible = past + (frame + 1) * tokens
+    visible = past + (frame + 1) * key_tokens
     dout = _tile(dout_ptr + b * stride_db + n * stride_dn, l, stride_dl, valid, 0, D, BLOCK_D)
     out = _tile(out_ptr + b * stride_ob + n * stride_on, l, stride_ol, valid, 0, D, BLOCK_D)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
@@ -184,8 +186,9 @@ def key_gradient_kernel(
     dv_ptr,
     num_heads,
     queries,
-    past,
+    past,  # frames
     tokens,
+    key_tokens,
     scale,
     stride_db,
     stride_dl,
@@ -205,12 +208,12 @@ def key_gradient_kernel(
     KEYS: tl.constexpr,
 ):
     """dk and dv of a block of keys, from all queries of their frame and of later ones."""
-    frame, first = _place(tokens, KEYS)
+    frame, first = _place(key_tokens, KEYS)
     b = (tl.program_id(1) // num_heads).to(tl.int64)
     n = (tl.program_id(1) % num_heads).to(tl.int64)
     inside = first + tl.arange(0, KEYS)
-    j = frame * tokens + inside
-    valid = inside < tokens
+    j = frame * key_tokens + inside
+    valid = inside < key_tokens
     k = _tile(k_ptr + b * stride_kb + n * stride_kn, j, stride_kl, valid, 0, D, BLOCK_D)
     v = _tile(v_ptr + b * stride_vb + n * stride_vn, j, stride_vl, valid, 0, D, BLOCK_D)
     q_head = q_ptr + b * stride_qb + n * stride_qn
@@ -219,7 +222,7 @@ def key_gradient_kernel(
 
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    for start in range(tl.maximum(frame * tokens - past, 0), queries, QUERIES):
+    for start in range(tl.maximum(frame - past, 0) * tokens, queries, QUERIES):
         l = start + tl.arange(0, QUERIES)
         seeing = l < queries
         q = _tile(q_head, l, stride_ql, seeing, 0, D, BLOCK_D)
@@ -231,7 +234,7 @@ def key_gradient_kernel(
         delta = tl.load(delta_ptr + row + l, mask=seeing, other=0.0)
         ds = p * (tl.dot(v, tl.trans(dout)) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk)
-    keys = past + queries
+    keys = (past + queries // tokens) * key_tokens
     head = (b * keys * num_heads + n) * D
     _store(dk_ptr + head, dk * scale, j, num_heads * D, valid, 0, D, BLOCK_D)
     _store(dv_ptr + head, dv, j, num_heads * D, valid, 0, D, BLOCK_D)

@@ -35,15 +35,14 @@ def supports(
     q_len: Tensor | None = None,
 ) -> str | None:
     """None, or why the CUDA kernel cannot answer this call."""
-    if q_len is not None:
-        return "queries must be those of the tokens of the keys, without q_len"
     if q.dtype not in _DTYPES:
         return f"q must be bfloat16 or float16, it is {q.dtype}"
     batch, length, num_heads, head_dim = q.shape
     if head_dim not in _HEAD_DIMS:
         return f"the head dimension must be 64 or 128, it is {head_dim}"
-    if not q.numel():
-        return f"the tensors must not be empty, the shape of q is {tuple(q.shape)}"
+    if not q.numel() or (q_len is not None and not k.numel()):
+        shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
+        return f"the tensors must not be empty, the shapes of q and k are {shapes}"
     tiles = batch * num_heads * -(-length // _QUERY_TILE)
     if tiles > _MOST_TILES:
         return f"there must be at most {_MOST_TILES} tiles of queries, there are {tiles}"
@@ -81,7 +80,7 @@ def forward(
     with torch.cuda.device(q.device):
         stream = torch.cuda.current_stream(q.device).cuda_stream
         _C.rope3d_attention_forward_hopper(
-            q, k, v, kv_len, scale, written, lse, key_tile, cluster, stream
+            q, k, v, kv_len, scale, written, lse, key_tile, cluster, stream, q_len
         )
     return _delivered(written, out), lse
 
@@ -167,13 +166,13 @@ def backward(
     """Gradients like q, k and v."""
     rows = [x if _is_aligned(x) else x.clone(memory_format=_CONTIGUOUS) for x in (dout, out)]
     inputs = [x if _is_aligned(x) else x.clone(memory_format=_CONTIGUOUS) for x in (q, k, v)]
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    dq, dk, dv = (torch.empty(x.shape, dtype=q.dtype, device=q.device) for x in (q, k, v))
     size = _C.rope3d_attention_backward_workspace_hopper(inputs[0])
     workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     with torch.cuda.device(q.device):
         stream = torch.cuda.current_stream(q.device).cuda_stream
         _C.rope3d_attention_backward_hopper(
-            *rows, lse.contiguous(), *inputs, kv_len, scale, dq, dk, dv, workspace, stream
+            *(*rows, lse.contiguous(), *inputs, kv_len, scale, dq, dk, dv, workspace, stream, q_len)
         )
     return dq, dk, dv
 

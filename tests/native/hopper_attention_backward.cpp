@@ -28,12 +28,14 @@ char const* attention_backward_workspace(int64_t const* sizes, int64_t* bytes) {
 }
 
 // Null, or what went wrong. numbers: B, L, N, D, whether fp16, words from length to length, then the strides of b, l
-// and n of q, k, v, out, dout, dq, dk and dv.
+// and n of q, k, v, out, dout, dq, dk and dv, rows of k and v, words from number to number of `queries`, which are those
+// of queries of their own.
 char const* attention_backward(void* q, void* k, void* v, void* out, void* dout, void* dq, void* dk, void* dv,
-                               void* lse, void* lengths, void* workspace, double scale, int64_t const* numbers) {
+                               void* lse, void* lengths, void* queries, void* workspace, double scale, int64_t const* numbers) {
     BackwardParams p = params_of(numbers);
     p.scale = float(scale), p.score_scale = float(scale * double(kLog2E));
     p.lengths = {static_cast<int32_t const*>(lengths), numbers[5]};
+    p.keys = int(numbers[30]), p.queries = {static_cast<int32_t const*>(queries), numbers[31]};
     void* const data[] = {q, k, v, out, dout, dq, dk, dv};
     Rows* const rows[] = {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv};
     for (int i = 0; i < 8; ++i) *rows[i] = rows_of(data[i], numbers + 6 + 3 * i);

@@ -24,7 +24,7 @@ char const* attention_raw(void* video, void* text, float const* video_weight, fl
                           float const* cos, float const* sin, void* k, void* v, void* lengths, void* out, void* lse,
                           double scale, double eps, int64_t const* numbers) {
     HopperParams p;
-    p.B = int(numbers[0]), p.L = int(numbers[1]), p.N = int(numbers[2]), p.D = int(numbers[3]);
+    p.B = int(numbers[0]), p.L = p.keys = int(numbers[1]), p.N = int(numbers[2]), p.D = int(numbers[3]);
     p.cluster = int(numbers[4]), p.key_tile = 176, p.scale = float(scale);
     p.lengths = {static_cast<int32_t const*>(lengths), numbers[6]};
     p.k = rows_of(k, numbers + 14), p.v = rows_of(v, numbers + 17), p.out = rows_of(out, numbers + 20);

@@ -65,6 +65,45 @@ def test_formula_in_double_precision(name, case, generator, monkeypatch):
         torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for dtype in (torch.float32, torch.bfloat16) for name in answering(dtype)],
+    ids=str,
+)
+@pytest.mark.parametrize("tokens", [7, 37])
+def test_parts_of_every_frame_come_to_the_whole(name, dtype, tokens, generator):
+    """Each asks whole frames; their shares of dk and dv add up."""
+    call = draw_call(generator, tokens=tokens, past=1, heads=2, batch=2, dtype=dtype)
+    out, dq, dk, dv = masked(call, torch.float64)
+    found: list[list[Tensor]] = []
+    bounds = (0, 3, 3, tokens)
+    for first, after in itertools.pairwise(bounds):
+
+        def part(x: Tensor, first=first, after=after) -> Tensor:
+            return x.unflatten(1, (3, tokens))[:, :, first:after].flatten(1, 2)
+
+        leaves = [x.detach().requires_grad_() for x in (part(call.q), call.k, call.v)]
+        sizes = {"tokens_per_frame": tokens, "query_tokens_per_frame": after - first}
+        with use(name if after > first else "reference", ROOM):
+            own = frame_causal_attention(*leaves, **sizes, scale=call.scale)
+            gradients = torch.autograd.grad(own, leaves, part(call.dout))
+        assert own.shape == leaves[0].shape
+        found.append([own.detach(), *gradients])
+        for result, wanted in ((own, part(out)), (gradients[0], part(dq))):
+            assert_near(result, wanted)
+    for i, wanted in ((2, dk), (3, dv)):
+        assert_near(sum(each[i].double() for each in found), wanted, dtype)
+
+
+def assert_near(result: Tensor, wanted: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Within what a few roundings cost: all rows together, and the worst one."""
+    limit = 1e-5 if (dtype or result.dtype) == torch.float32 else 2**-7
+    error = (result.double() - wanted).square().mean((-2, -1)).sqrt()
+    scale = wanted.square().mean().sqrt() if wanted.numel() else wanted.new_ones(())
+    assert not error.numel() or error.square().mean().sqrt() < limit * scale
+    assert not error.numel() or error.max() < 4 * limit * scale
+
+
 @pytest.mark.parametrize("past", [0, 1])
 @pytest.mark.parametrize("name", answering(torch.float64))
 def test_gradcheck(name, past, generator):
@@ -253,6 +292,18 @@ def test_second_derivative_is_refused(generator):
         dq.sum().backward()
 
 
+def test_query_tokens_are_checked():
+    q = torch.zeros(1, 6, 1, 4)
+    for own, error, words in (
+        (4, ValueError, "q must hold whole frames of query_tokens_per_frame = 4, got 6"),
+        (0, ValueError, "query_tokens_per_frame = 0, got 6"),
+        (1, ValueError, "at least as many frames as q, 6, got 2"),
+        (2.0, TypeError, "query_tokens_per_frame must be an int, got 2.0"),
+    ):
+        with pytest.raises(error, match=words):
+            frame_causal_attention(q, q, q, tokens_per_frame=3, query_tokens_per_frame=own)
+
+
 @each_implementation
 def test_registration(name, generator):
     call = draw_call(generator, frames=2, past=1, dtype=torch.bfloat16)
@@ -308,7 +359,7 @@ def refusals() -> dict[str, tuple[tuple[Tensor, Tensor, Tensor], int, type, str]
     return {
         "q of three dimensions": ((q[0], q, q), 3, ValueError, r"q must be \(B, L, N, D\)"),
         "v of three dimensions": ((q, q, q[0]), 3, ValueError, r"v must be \(B, L, N, D\)"),
-        "fewer keys": ((q, q[:, :3], q[:, :3]), 3, ValueError, "at least as many tokens"),
+        "fewer keys": ((q, q[:, :3], q[:, :3]), 3, ValueError, "at least as many frames as q, 2"),
         "k of another batch": ((q, q[:1], q[:1]), 3, ValueError, "batch, heads and head dimension"),
         "v of another length": ((q, q, q[:, :3]), 3, ValueError, "v must have the shape of k"),
         "k of another dtype": ((q, q.half(), q), 3, TypeError, "k must have the dtype of q"),

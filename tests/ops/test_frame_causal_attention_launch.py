@@ -16,7 +16,7 @@ TILES = {
 }
 # What a multiprocessor lends a program, in bytes.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-SIZES = ("num_heads", "queries", "past", "tokens")
+SIZES = ("num_heads", "queries", "past", "tokens", "key_tokens")
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 144, 14_400])

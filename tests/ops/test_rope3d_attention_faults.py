@@ -33,16 +33,20 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Fault:
-    """``old`` in the source of a module becomes ``new``; with ``far``, rows are 2^30 apart."""
+    """``old`` in the source of a module becomes ``new``; with ``far``, rows are 2^30 apart.
+
+    own: with queries of their own
+    """
 
     old: str
     new: str
     module: str = "triton_kernels"
     far: bool = False
+    own: bool = False
 
 
-def _backward(old: str, new: str) -> Fault:
-    return Fault(old, new, "triton_backward")
+def _backward(old: str, new: str, own: bool = False) -> Fault:
+    return Fault(old, new, "triton_backward", own=own)
 
 
 SEEN = "(tl.arange(0, KEYS) < end - start)[None, :], scores"
@@ -96,6 +100,25 @@ FAULTS = {
     "dk and dv exchanged": _backward(
         "return tl.dot(ds.to(q.dtype), q, dk), dv", "return dv, tl.dot(ds.to(q.dtype), q, dk)"
     ),
+    "q_len ignored": Fault("if q_len_ptr is not None:", "if False:", own=True),
+    "queries of the first sample": Fault("tl.load(q_len_ptr + b)", "tl.load(q_len_ptr)", own=True),
+    "queries of a sample without keys": Fault(
+        "tl.where(keys > 0, queries, 0)", "queries", own=True
+    ),
+    "keys masked as queries": Fault(
+        "_mask(tl.dot(q, tl.trans(k)), start, keys,",
+        "_mask(tl.dot(q, tl.trans(k)), start, end,",
+        own=True,
+    ),
+    "as many blocks of keys as of queries": _backward(
+        "place(num_heads, key_length, KEYS)", "place(num_heads, length, KEYS)", own=True
+    ),
+    "dk where as many rows as queries end": _backward(
+        "(b * key_length * num_heads + n) * D", "(b * length * num_heads + n) * D", own=True
+    ),
+    "as many queries as keys in dk": _backward(
+        "seeing = tl.where(first < end, queries, 0)", "seeing = tl.where(first < end, end, 0)", True
+    ),
 }
 
 _names = count()
@@ -139,16 +162,31 @@ def drawn(seed: int) -> tuple[Truth, list[Tensor]]:
     return truth, truth.emulated("triton_impl")
 
 
-def inspect(seed: int) -> None:
+@cache
+def drawn_own(seed: int) -> tuple[Truth, list[Tensor]]:
+    """Three samples with queries of their own: one without keys, one with few queries."""
+    generator = torch.Generator().manual_seed(seed)
+    queries, lengths = [40, 40, 7], [0, 70, 66]
+    q, _, _, dout = draw_inputs((3, 40, 1, HEAD_DIM), generator, torch.bfloat16)
+    k, v, *_ = draw_inputs((3, 70, 1, HEAD_DIM), generator, torch.bfloat16)
+    for x, numbers in ((q, queries), (dout, queries), (k, lengths), (v, lengths)):
+        for item in range(3):
+            x[item, numbers[item] :] = torch.nan
+    truth = Truth.of([q, k, v, dout], lengths, SCALE, queries)
+    return truth, truth.emulated("triton_impl")
+
+
+def inspect(seed: int, own: bool = False) -> None:
     """Forward first, so that a mistake there costs no backward."""
     impl = implementations(ROOM)["triton_impl"]
-    truth, golden = drawn(seed)
+    truth, golden = drawn_own(seed) if own else drawn(seed)
     *tensors, dout = truth.inputs
-    arguments = *tensors, torch.tensor(LENGTHS), SCALE
-    out, lse = impl.forward(*arguments)
+    arguments = *tensors, torch.tensor(truth.lengths), SCALE
+    q_len = None if truth.queries is None else torch.tensor(truth.queries)
+    out, lse = impl.forward(*arguments, None, q_len)
     truth.judge_out("triton_impl", out, golden)
     truth.judge_lse(lse)
-    gradients = impl.backward(dout, out, lse, *arguments)
+    gradients = impl.backward(dout, out, lse, *arguments, q_len)
     truth.judge_gradients("triton_impl", list(gradients), golden)
 
 
@@ -167,7 +205,10 @@ def test_faults_are_caught(fault, triton_impl, tmp_path, monkeypatch):
         monkeypatch.setattr(triton_impl, name, kernel)
     for seed in SEEDS:
         with pytest.raises(AssertionError):
-            (inspect_far if FAULTS[fault].far else inspect)(seed)
+            if FAULTS[fault].far:
+                inspect_far(seed)
+            else:
+                inspect(seed, FAULTS[fault].own)
             pytest.fail(f"nothing noticed: {fault}", pytrace=False)
 
 
@@ -177,4 +218,6 @@ def test_right_kernels_raise_no_alarm(triton_impl, tmp_path, monkeypatch):
         monkeypatch.setattr(triton_impl, name, kernel)
     for seed in RIGHT_SEEDS:
         inspect(seed)
+    for seed in RIGHT_SEEDS[:5]:
+        inspect(seed, own=True)
     inspect_far(0)

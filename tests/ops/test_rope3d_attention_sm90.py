@@ -65,6 +65,11 @@ def impl():
     return importlib.import_module(f"hunyuan_fast.kernels.{ROOM}.cuda_impl")
 
 
+def words_between(lengths: Tensor | None) -> int:
+    """From one number to the next, in 32-bit words."""
+    return 0 if lengths is None else lengths.stride(0) * lengths.element_size() // 4
+
+
 class Emulator:
     """What ``_C`` has of the Hopper kernels, on the emulated machine."""
 
@@ -85,15 +90,15 @@ class Emulator:
         key_tile: int,
         cluster: int,
         _: int,
+        q_len: Tensor | None = None,
     ) -> None:
-        step = 0 if kv_len is None else kv_len.stride(0) * kv_len.element_size() // 4
-        numbers = [*q.shape, key_tile, q.dtype == torch.float16, step]
+        numbers = [*q.shape, key_tile, q.dtype == torch.float16, words_between(kv_len)]
         for x in (q, k, v, out):
             numbers += x.stride()[:3]
-        numbers.append(cluster)
+        numbers += [cluster, k.shape[1], words_between(q_len)]
         self._kernels.run(
             "attention_forward",
-            *(q, k, v, kv_len, out, lse, float(scale), numbers),
+            *(q, k, v, kv_len, q_len, out, lse, float(scale), numbers),
             seed=self.seed,
             processors=self.processors,
         )
@@ -303,7 +308,7 @@ def test_native_refusals():
     lse = torch.zeros(2, 3, 5)
 
     def call(q=q, scale=0.125, key_tile=128, cluster=1):
-        options = (scale, q, lse, key_tile, cluster, 0)
+        options = (scale, q, lse, key_tile, cluster, 0, None)
         native.rope3d_attention_forward_hopper(q, q, q, None, *options)
 
     with pytest.raises(ValueError, match="k must be on a CUDA device"):

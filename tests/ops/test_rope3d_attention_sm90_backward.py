@@ -25,6 +25,7 @@ from tests.kit.native import (
     nvcc,
 )
 from tests.kit.numerics import assert_as_good_as, assert_equal
+from tests.ops.test_rope3d_attention_sm90 import words_between
 
 ROOM = "rope3d_attention"
 DRIVER = ROOT / "tests/native/hopper_attention_backward.cpp"
@@ -71,18 +72,19 @@ class Emulator:
         return int(size)
 
     def rope3d_attention_backward_hopper(self, *arguments: Tensor | float | None) -> None:
-        dout, out, lse, q, k, v, kv_len, scale, dq, dk, dv, workspace, _ = arguments
+        dout, out, lse, q, k, v, kv_len, scale, dq, dk, dv, workspace, _, *own = arguments
+        q_len = own[0] if own else None
         for garbage in (dq, dk, dv):
             garbage.fill_(torch.nan)
         workspace.fill_(255)
-        step = 0 if kv_len is None else kv_len.stride(0) * kv_len.element_size() // 4
-        numbers = [*q.shape, q.dtype == torch.float16, step]
+        numbers = [*q.shape, q.dtype == torch.float16, words_between(kv_len)]
         rows = (q, k, v, out, dout, dq, dk, dv)
         for x in rows:
             numbers += x.stride()[:3]
+        numbers += [k.shape[1], words_between(q_len)]
         self._kernels.run(
             "attention_backward",
-            *(*rows, lse, kv_len, workspace, float(scale), numbers),
+            *(*rows, lse, kv_len, q_len, workspace, float(scale), numbers),
             seed=self.seed,
             processors=self.processors,
         )
@@ -296,7 +298,9 @@ def test_native_refusals():
     q = torch.zeros(1, 5, 2, 64, dtype=torch.bfloat16)
     lse, space = torch.zeros(1, 2, 5), torch.zeros(1, dtype=torch.uint8)
     with pytest.raises(ValueError, match="q must be on a CUDA device"):
-        native.rope3d_attention_backward_hopper(q, q, lse, q, q, q, None, 0.125, q, q, q, space, 0)
+        native.rope3d_attention_backward_hopper(
+            q, q, lse, q, q, q, None, 0.125, q, q, q, space, 0, None
+        )
 
 
 # ---- machine code

@@ -18,7 +18,7 @@ EVERY_SHAPE = "p.D == 64 ? run_backward_of<T, 64>(p, stream) : run_backward_of<T
 ONE_SHAPE = "run_backward_of<__nv_bfloat16, 128>(p, stream);"
 # name: file, what stands there, what stands there instead
 FAULTS = {
-    "padding is read": (MOVERS, "if (first + rows > block.valid) {", "if (false) {"),
+    "padding is read": (MOVERS, "if (first + rows > valid) {", "if (false) {"),
     "edges are not swizzled": (
         EDGES,
         "sm90::chunk_offset(row, chunk % sm90::kRowChunks)",
@@ -29,9 +29,13 @@ FAULTS = {
         "< keys ? scores[k][i] : 0",
         "< 64 ? scores[k][i] : 0",
     ),
-    "gradients of padding are left": (EDGES, "query >= place.valid &&", "query > place.valid &&"),
+    "gradients of padding are left": (
+        EDGES,
+        "row >= valid && row < rows",
+        "row > valid && row < rows",
+    ),
     "gradients past the end": (KERNEL, "if (key < block.valid) {", "if (true) {"),
-    "natural logarithms": (EDGES, "query] * kLog2E", "query]"),
+    "natural logarithms": (EDGES, "known * kLog2E", "known"),
     "dk without its scale": (KERNEL, "write(dk, p.dk, p.scale)", "write(dk, p.dk, 1.0f)"),
     "half of the features of dout": (
         KERNEL,
