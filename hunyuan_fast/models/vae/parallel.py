@@ -15,7 +15,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 
 from hunyuan_fast.distributed.collectives import gather
 from hunyuan_fast.distributed.halos import exchange_margins
@@ -24,7 +23,11 @@ from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.cut import Cut
 from hunyuan_fast.models.vae.layers import Half
 from hunyuan_fast.modules.frame_causal_attention import FrameCausalAttention
-from hunyuan_fast.ops import group_norm_stats, merge_group_norm_stats
+from hunyuan_fast.ops import (
+    frame_causal_attention,
+    group_norm_stats,
+    merge_group_norm_stats,
+)
 
 _LAYOUT = torch.channels_last_3d
 
@@ -131,7 +134,7 @@ class _Strip:
             chunk.x = x.contiguous(memory_format=_LAYOUT)
 
     def _attend(self, chunk: Chunk, index: int, stats: Tensor | None) -> None:
-        """Queries of this strip, frame by frame, over the keys of all strips."""
+        """Queries of this strip over the keys of all strips."""
         layer = self._cut.layers[index]
         module = cast(FrameCausalAttention, self._vae.get_submodule(layer.conv))
         assert chunk.x is not None
@@ -142,15 +145,15 @@ class _Strip:
         values = self._tokens(module.to_v(rows), index)
         if self._idle:
             return
-        frames, height, width = self._cut.sizes[index]
-        for frame in range(frames):
-            seen = (frame + 1) * height * width
-            queries = module.to_q(rows[:, frame]).flatten(1, 2)
-            out = F.scaled_dot_product_attention(
-                queries[:, None], keys[:, None, :seen], values[:, None, :seen]
-            )
-            out = module.to_out[0](out[:, 0]).view(rows[:, frame].shape)
-            own[:, :, frame] += out.movedim(-1, 1)
+        _, height, width = self._cut.sizes[index]
+        out = frame_causal_attention(
+            module.to_q(rows).flatten(1, 3)[:, :, None],
+            keys[:, :, None],
+            values[:, :, None],
+            tokens_per_frame=height * width,
+            query_tokens_per_frame=rows.shape[2] * rows.shape[3],
+        )
+        own += module.to_out[0](out[:, :, 0]).view(rows.shape).movedim(-1, 1)
 
     def _tokens(self, rows: Tensor, index: int) -> Tensor:
         """(B, T, h, w, C) of this strip to (B, T H W, C) of all strips."""
