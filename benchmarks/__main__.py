@@ -130,6 +130,7 @@ def _measure(op: str, options: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.kit import chart, record, table
+    from benchmarks.kit.discover import load
     from benchmarks.kit.run import run
 
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -155,6 +156,10 @@ def _measure(op: str, options: argparse.Namespace) -> None:
         _CONSOLE.print(f"saved {_short(path.with_suffix('.png'))}")
     else:
         _CONSOLE.print("no chart: matplotlib is missing (pip install 'hunyuan-fast[bench]')")
+        return
+    more = getattr(load(op), "more", None)
+    for written in more(path, quick=options.quick) if more else ():
+        _CONSOLE.print(f"saved {_short(written)}")
 
 
 def _short(path: Path) -> Path:

@@ -1,12 +1,15 @@
 """The merge of what a hop of ring attention found into what the hops before it did."""
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks import shapes
 from benchmarks.kit.case import FORWARD, TRAINING, Case, Peer, Work, compiled
+from benchmarks.kit.discover import SCRATCH
+from benchmarks.ring_timeline import LENGTH, draw, timelines
 from hunyuan_fast.ops import merge_attention
 
 
@@ -24,6 +27,14 @@ def cases(device: torch.device, *, quick: bool) -> list[Case]:
     return [
         _case(f"{clip.name} on 2", clip.joint // 2, heads, dim, dtype) for dtype in (fp32, bf16)
     ]
+
+
+def more(path: Path, *, quick: bool) -> list[Path]:
+    """When a ring of processes computes, sends and waits: a plot beside the result, and traces."""
+    found = timelines(SCRATCH, length=256 if quick else LENGTH)
+    plot = path.with_name(f"{path.stem}-timeline.png")
+    draw(found, plot)
+    return [plot, *sorted(SCRATCH.glob("ring_attention-rank*.json"))]
 
 
 def _case(name: str, length: int, heads: int, dim: int, dtype: torch.dtype) -> Case:

@@ -25,7 +25,7 @@ from tests.kit.links import slow_link
 from tests.kit.ranks import rank_pool
 
 RANKS = 4
-HEADS, DIM = 4, 64
+LENGTH, HEADS, DIM = 2048, 4, 64  # tokens of each process
 _START, _BACKWARD = "start", "backward"
 _SHARE = 0.75  # of the compute of a hop that a message takes
 _COLORS = {COMPUTE: "#1a7f37", WAIT: "#b3261e", "message": "#9aa4b1"}
@@ -54,9 +54,10 @@ def step(length: int, trace: str | None) -> Timeline:
     rank, ranks = group.WORLD.rank(), group.WORLD.size()
     heads = [torch.randn(1, length, HEADS, DIM).requires_grad_() for _ in range(3)]
     options: dict[str, Any] = {"lengths": (length,) * ranks, "group": group.WORLD}
+    ring_attention(*heads, **options).sum().backward()
     bandwidth = _bandwidth(heads, options)
-    barrier()
     with slow_link(0.0, bandwidth) as link, profile(activities=[ProfilerActivity.CPU]) as found:
+        barrier()  # a profiler starts when it likes
         with record_function(_START):
             zero = time.perf_counter()
         out = ring_attention(*heads, **options)
@@ -116,12 +117,14 @@ def draw(found: list[Timeline], path: Path) -> None:
                 edgecolor="white",
                 linewidth=0.6,
             )
-        axis.axvline(1e3 * timeline.backward, color="#cccccc", linewidth=0.8, zorder=0)
+        row = len(found) - 1 - rank
+        axis.vlines(1e3 * timeline.backward, row - 0.45, row + 0.48, color="black", linewidth=1.2)
     labels = [f"rank {rank}: waits {t.exposed:.0%}" for rank, t in enumerate(found)]
     axis.set_yticks(range(len(found)), labels[::-1])
-    axis.set_xlabel("milliseconds; grey lines: the backward pass begins")
+    axis.set_xlabel("milliseconds; where a black line is, the backward pass begins")
     kinds = {COMPUTE: "compute", WAIT: "waiting", "message": "message"}
-    axis.legend(handles=[Patch(color=_COLORS[k], label=v) for k, v in kinds.items()], ncols=3)
+    patches = [Patch(color=_COLORS[kind], label=label) for kind, label in kinds.items()]
+    axis.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.set_title(f"ring attention on {len(found)} processes, a message: {_SHARE:.0%} of a hop")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90, metadata={"Software": None})
@@ -131,7 +134,7 @@ def main() -> int:
     """Run, print what was waited for, and write plot and traces."""
     console = Console(highlight=False)
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/ring_attention")
-    found = timelines(folder, length=1024)
+    found = timelines(folder, length=LENGTH)
     for rank, timeline in enumerate(found):
         console.print(f"rank {rank}: {1e3 * timeline.end:.0f} ms, {timeline.exposed:.1%} waiting")
     draw(found, folder / "timeline.png")

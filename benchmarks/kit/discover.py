@@ -32,7 +32,11 @@ WHOLES = {
 
 
 class Benchmark(Protocol):
-    """What ``bench_<name>.py`` defines."""
+    """What ``bench_<name>.py`` defines.
+
+    It may also have ``more(path, quick=...)``, which measures what is no case, writes it beside the
+    result at ``path``, and returns what it wrote.
+    """
 
     def cases(self, device: torch.device, *, quick: bool) -> list[Case]:
         """What to measure on a device; a small selection when ``quick``."""

@@ -81,6 +81,13 @@ void forward(ForwardParams const& p, int64_t begin, int64_t end) {
         float const* out = row<Float32>(p.out, at);
         auto const* part = row<T>(p.part, at);
         float* result = row<Float32>(p.new_out, at);
+        if (s.first != 0.0f && s.second != 0.0f) {
+            for_each_vector(p.size.D, [&](int64_t d, auto lanes) {
+                Vec const first = get(Float32(), out + d, lanes) * s.first;
+                put(Float32(), result + d, first + get(T(), part + d, lanes) * s.second, lanes);
+            });
+            return;
+        }
         for_each_vector(p.size.D, [&](int64_t d, auto lanes) {
             Vec const first = counted(Float32(), s.first, out + d, lanes);
             put(Float32(), result + d, first + counted(T(), s.second, part + d, lanes), lanes);

@@ -1,9 +1,9 @@
 """A pipeline over many processes: each calls it alike, and together they make the videos.
 
 The videos of a call are dealt out to the dp groups. The processes of one group (cp x tp) share the
-transformer's work on theirs: the first of them encodes the prompts, and what it has is sent to the
-others, so that whatever they were given, all of a group walk from the same noise under the same
-conditions. Rank 0 returns all videos, the other ranks an empty tensor.
+work of the transformer and of the autoencoder on theirs. The first of them encodes the prompts for
+all, and rank 0 draws the noise, so that whatever they were given, all of a group walk from the same
+noise under the same conditions. Rank 0 returns all videos, the other ranks an empty tensor.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ if TYPE_CHECKING:
 
 
 class Ranks:
-    """Who of the processes of a pipeline does what; without a mesh there is one process."""
+    """Who of the processes of a pipeline does what; without a mesh there is one process.
+
+    video: those that make one video, None for this one alone
+    """
 
     def __init__(self, mesh: DeviceMesh | None = None) -> None:
         self._everybody: ProcessGroup | None = None if mesh is None else dist.group.WORLD
         self._replicas = None if mesh is None else group_of(mesh, "dp")
-        self._video = None if mesh is None else group_of(mesh, "video")
+        self.video = None if mesh is None else group_of(mesh, "video")
+        self.is_first_of_video = rank_in(self.video) == 0
 
     def request(self, read: Callable[[], Request]) -> Request:
         """The call of rank 0 on all ranks; its latents and its callback stay there.
@@ -87,15 +91,15 @@ class Ranks:
             return list(made)
 
         return {
-            name: tensor_from_first(made.get(name), self._video, device)
-            for name in from_first(names, self._video)
+            name: tensor_from_first(made.get(name), self.video, device)
+            for name in from_first(names, self.video)
         }
 
-    def videos(self, make: Callable[[], Tensor], count: int) -> Tensor:
-        """All videos on rank 0 and none on the others; the first of each group makes its own."""
-        if rank_in(self._video) != 0:
-            return torch.empty(0)
-        return to_first(make(), self._counts(count), self._replicas)
+    def videos(self, made: Tensor, count: int) -> Tensor:
+        """All videos on rank 0, of those that the first of each dp group has; else none."""
+        if not self.is_first_of_video:
+            return made[:0]
+        return to_first(made, self._counts(count), self._replicas)
 
     def _counts(self, count: int) -> tuple[int, ...]:
         """Videos of each dp group."""
@@ -121,7 +125,11 @@ def parallelize(pipeline: HunyuanVideoPipeline, layout: Layout, mesh: DeviceMesh
         from hunyuan_fast.models.dit.parallel import parallelize as share_transformer
 
         share_transformer(pipeline.transformer, mesh, layout)
-    if rank_in(group_of(mesh, "video")) != 0:
+    if layout.zero >= 2:
+        from hunyuan_fast.models.dit.fully_sharded import shard_states
+
+        shard_states(pipeline.transformer, mesh, layout)
+    pipeline.ranks = Ranks(mesh)
+    if not pipeline.ranks.is_first_of_video:
         for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
             encoder.to("meta")
-    pipeline.ranks = Ranks(mesh)

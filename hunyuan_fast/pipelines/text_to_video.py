@@ -174,13 +174,11 @@ class HunyuanVideoPipeline:
         conditions = self.ranks.conditions(lambda: self._encode(request, report), self.device)
         latents = self._denoise(request, noise, conditions, report)
         del conditions
-
-        def videos() -> Tensor:
-            if request.output_type == "latent":
-                return latents.cpu()
-            return self._decode(latents, request.output_type, report)
-
-        return self.ranks.videos(videos, len(every.prompts))
+        if request.output_type == "latent":
+            made = latents.cpu()
+        else:
+            made = self._decode(latents, request.output_type, report)
+        return self.ranks.videos(made, len(every.prompts))
 
     def _encode(self, request: Request, report: Progress) -> dict[str, Tensor]:
         """Text inputs for each row of the batch: negative prompts first, then prompts."""
@@ -235,18 +233,22 @@ class HunyuanVideoPipeline:
         return integrate(velocity, noise, shifted_sigmas(steps, request.shift), on_step)
 
     def _decode(self, latents: Tensor, output_type: str, report: Progress) -> Tensor:
-        """Video (B, T, H, W, 3) on the CPU, decoded one by one to bound the memory."""
+        """Video (B, T, H, W, 3) on the CPU, decoded one by one to bound the memory.
+
+        The processes of one video decode it together; the first of them alone keeps it.
+        """
         weight = next(self.vae.parameters())
         frames = []
         report("decode", 0, len(latents))
         with _tiling_if_large(self.vae, latents):
             for index, sample in enumerate(latents):
                 z = sample[None].to(weight.device) / self.vae.config.scaling_factor
-                video = self.vae.decode(z.to(weight.dtype))[0]
+                video = self.vae.decode(z.to(weight.dtype), group=self.ranks.video)[0]
                 _check_finite(video, f"the decoded video {index}", weight.dtype)
-                frames.append(_to_frames(video, output_type))
+                if self.ranks.is_first_of_video:
+                    frames.append(_to_frames(video, output_type))
                 report("decode", index + 1, len(latents))
-        return torch.stack(frames)
+        return torch.stack(frames) if frames else torch.empty(0)
 
 
 @contextmanager

@@ -10,13 +10,15 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from hunyuan_fast.distributed.collectives import gather
+from hunyuan_fast.distributed.collectives import all_reduce_sum, gather
 from hunyuan_fast.distributed.cuts import Cut
-from hunyuan_fast.distributed.mesh import Layout, build_mesh
+from hunyuan_fast.distributed.mesh import Layout, build_mesh, group_of
 from hunyuan_fast.distributed.traffic import count_traffic
 from hunyuan_fast.models.dit import tensor_parallel
 from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
+from hunyuan_fast.models.dit.parallel import parallelize
 from hunyuan_fast.models.dit.tensor_parallel import parallelize_tensors
 from hunyuan_fast.models.dit.windows import AttentionWindows
 from hunyuan_fast.modules import tensor_parallel as layers
@@ -50,14 +52,13 @@ def transformer(**changes: Any) -> HunyuanVideoTransformer:
 
 
 def shared_transformer(
-    ranks: int, sequence_parallel: bool, dtype: torch.dtype = torch.float32
-) -> HunyuanVideoTransformer:
+    sizes: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> tuple[HunyuanVideoTransformer, DeviceMesh]:
     """The part of this process of :func:`transformer`."""
-    model = transformer().to(dtype)
-    parallelize_tensors(
-        model, build_mesh(Layout(tp=ranks), "cpu"), sequence_parallel=sequence_parallel
-    )
-    return model
+    model, layout = transformer().to(dtype), Layout(**sizes)
+    mesh = build_mesh(layout, "cpu")
+    parallelize(model, mesh, layout)
+    return model, mesh
 
 
 def inputs_of(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -98,8 +99,7 @@ def step(
 
 
 def compare(
-    ranks: int,
-    sequence_parallel: bool,
+    sizes: dict[str, Any],
     dtype: torch.dtype,
     checkpointing: bool = False,
     fault: str | None = None,
@@ -109,10 +109,13 @@ def compare(
     alone = transformer().to(dtype)
     expected, wanted = step(alone, cases, dtype)
     with FAULTS[fault]() if fault else nullcontext():
-        model = shared_transformer(ranks, sequence_parallel, dtype)
+        model, mesh = shared_transformer(sizes, dtype)
         model.enable_gradient_checkpointing(checkpointing)
         velocities, gradients = step(model, cases, dtype)
         inference = [infer(model, case, dtype) for case in cases]
+    data = group_of(mesh, "data")
+    if data is not None:
+        gradients = {n: all_reduce_sum(x, data) / data.size() for n, x in gradients.items()}
     outputs = zip((*velocities, *inference), (*expected, *expected), strict=True)
     cut = {n: model.cuts[n].take(x) if n in model.cuts else x for n, x in wanted.items()}
     scale = max(x.abs().max() for x in wanted.values())
@@ -129,16 +132,16 @@ def infer(model: HunyuanVideoTransformer, case: dict[str, Any], dtype: torch.dty
     return model(**inputs_of(case, dtype))
 
 
-def low_precision(ranks: int, sequence_parallel: bool) -> dict[str, Any]:
+def low_precision(sizes: dict[str, Any]) -> dict[str, Any]:
     """Velocities and gradients in bf16, and how parameters are cut."""
-    model = shared_transformer(ranks, sequence_parallel, torch.bfloat16)
+    model, _ = shared_transformer(sizes, torch.bfloat16)
     velocities, gradients = step(model, CASES, torch.bfloat16)
     return {"velocities": velocities, "gradients": gradients, "cuts": dict(model.cuts)}
 
 
-def traffic(ranks: int, sequence_parallel: bool) -> dict[str, tuple[int, int]]:
+def traffic(sizes: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Bytes and messages of a forward pass, and of one with its backward pass."""
-    model = shared_transformer(ranks, sequence_parallel)
+    model, _ = shared_transformer(sizes)
     with count_traffic() as forward:
         infer(model, CASES[0], torch.float32)
     with count_traffic() as both:
@@ -147,6 +150,25 @@ def traffic(ranks: int, sequence_parallel: bool) -> dict[str, tuple[int, int]]:
         name: (count.total, sum(count.messages.values()))
         for name, count in (("forward", forward), ("both", both))
     }
+
+
+def kept_for_backward(sizes: dict[str, Any]) -> int:
+    """Bytes that a forward pass keeps, besides parameters."""
+    model, _ = shared_transformer(sizes)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        alive.append(t)  # so that no address is used twice
+        return t
+
+    case = {"size": (4, 8, 16), "text_lengths": (16,), "text_length": 16}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        alive.append(model(**inputs_of(case, torch.float32)))
+    return sum(kept.values())
 
 
 def variants(ranks: int) -> dict[str, float]:
@@ -184,7 +206,7 @@ def variants(ranks: int) -> dict[str, float]:
 
 def lengths_of_another_pass() -> None:
     """With gradient checkpointing, each pass has to remember its own lengths."""
-    model = shared_transformer(2, sequence_parallel=True)
+    model, _ = shared_transformer({"tp": 2})
     model.enable_gradient_checkpointing()
     forget = mock.patch.object(layers.DividedTokens, "bound", lambda tokens, block: block)
     # both ranks would hold other numbers of tokens, so both fail and neither waits

@@ -18,7 +18,7 @@ from tests.kit.ranks import RankPool
 from tests.models.vae_cases import TINY
 
 # Images and clips, higher and wider, whose latents nothing divides; the last ones leave ranks idle.
-SHAPES: list[Shape] = [(2, 1, 5, 3), (2, 5, 2, 7), (1, 9, 4, 2), (1, 5, 1, 2)]
+SHAPES: list[Shape] = [(2, 1, 5, 3), (2, 9, 2, 7), (1, 5, 1, 2)]
 # fp32 of other sums than those of one process; float64 shows that nothing else is different
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-10}
 OTHERS: list[dict[str, Any]] = [
@@ -44,7 +44,8 @@ def check(results: list[list[vae_ranks.Difference]], dtype: torch.dtype) -> None
 def test_strips_give_the_values_of_one_process(
     ranks: RankPool, count: int, dtype: torch.dtype
 ) -> None:
-    check(ranks.run(count, vae_ranks.differences, SHAPES, dtype), dtype)
+    found = ranks.run(count, vae_ranks.differences, SHAPES, dtype, timeout=120)
+    check(found, dtype)
 
 
 def test_a_group_of_one(ranks: RankPool) -> None:

@@ -56,12 +56,10 @@ def assert_as_good_as(
     """
     _check_kind(actual, exact, name)
     _check_non_finite(actual, exact, name)
-    error, plain_error = _error(actual, exact), _error(plain, exact)
+    error = _error(actual, exact)
     if not error.numel():
         return
-    rounded = exact.to(actual.dtype)
-    one_addition = 2 * _error(rounded + 0.3 - 0.3, rounded.double()).max()
-    allowed = factor * plain_error.max() + one_addition
+    allowed = allowed_error(exact, plain, actual.dtype, factor=factor)
     _check_elements(
         actual, exact, error, allowed, name, f"{factor} x plain torch's worst error + two additions"
     )
@@ -79,6 +77,15 @@ def assert_as_good_as(
         name,
         "3 x the emulated kernel's worst error",
     )
+
+
+def allowed_error(
+    exact: Tensor, plain: Tensor, dtype: torch.dtype, *, factor: float = 2.0
+) -> Tensor:
+    """What :func:`assert_as_good_as` allows an element of a result of this dtype, by itself."""
+    rounded = exact.to(dtype)
+    two_additions = 2 * _error(rounded + 0.3 - 0.3, rounded.double()).max()
+    return factor * _error(plain, exact).max() + two_additions
 
 
 def assert_same_codes(

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 MOST_RANKS = 4
-TIMEOUT = 60.0
+TIMEOUT = 180.0
 
 
 class RankFailed(AssertionError):

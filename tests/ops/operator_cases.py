@@ -16,6 +16,7 @@ ROWS, VECTOR, VECTORS = (BATCH, LENGTH, WIDTH), (BATCH, WIDTH), (BATCH, 3, WIDTH
 PACKED, WEIGHT = (BATCH, LENGTH, 3 * HEADS * HEAD_DIM), (HEAD_DIM,)
 MAPS, CHANNELS, GROUPS = (BATCH, 6, 3, 2, 4), (6,), 3
 HEADED = (BATCH, LENGTH, HEADS, HEAD_DIM)
+NUMBERS = (BATCH, HEADS, LENGTH)
 MAP, FRAME, TAPS = (BATCH, 3, 2, 3, 4), (BATCH, 3, 1, 3, 4), (2, 3, 3, 3, 3)
 ANGLES = torch.arange(LENGTH * HEAD_DIM / 2).view(LENGTH, -1).repeat_interleave(2, -1)
 
@@ -92,6 +93,7 @@ CASES: dict[str, tuple[Callable[..., Tensor | Results], tuple[tuple[int, ...], .
     "attention": (ops.attention, (HEADED,) * 3, "attention"),
     "attention prefixes": (_prefixes, (HEADED,) * 3, "attention"),
     "attention own queries": (_own, ((BATCH, 3, HEADS, HEAD_DIM), HEADED, HEADED), "attention"),
+    "merge_attention": (ops.merge_attention, (HEADED, NUMBERS) * 2, "merge_attention"),
     "frame_causal_attention": (_frames, (HEADED,) * 3, "frame_causal_attention"),
     "sliding_tile_attention": (_tiles, (HEADED,) * 3, "sliding_tile_attention"),
 }

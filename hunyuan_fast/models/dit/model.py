@@ -38,8 +38,8 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         config = self.config = TransformerConfig(**kwargs)
         self.gradient_checkpointing = False
         self.attention_grid: tuple[int, int, int] | None = None
+        self.tokens = Tokens()  # how they lie between the layers of the blocks
         self.context: ContextParallel | None = None  # who shares the tokens of a call
-        self.tokens = Tokens()  # how they lie where weights are shared
         dim, sizes = config.hidden_size, (config.hidden_size, config.heads_num, config.mlp_width)
 
         self.img_in = PatchEmbedding(config.patch_size, config.in_channels, dim)

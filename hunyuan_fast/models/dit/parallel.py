@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 def parallelize(transformer: HunyuanVideoTransformer, mesh: DeviceMesh, layout: Layout) -> None:
     """Share a model, its tokens and its weights, as the layout says; it is changed in place.
 
-    mesh: ``build_mesh(layout, ...)``
+    mesh: ``build_mesh(layout, ...)``. A model that was loaded in parts keeps those it has.
     Raises ValueError for a layout that this model cannot have.
     """
     layout.check_heads(transformer.config.heads_num)
+    if not transformer.cuts:
+        parallelize_tensors(transformer, mesh, sequence_parallel=layout.sequence_parallel)
     parallelize_context(transformer, mesh)
-    parallelize_tensors(transformer, mesh, sequence_parallel=layout.sequence_parallel)

@@ -1,0 +1,78 @@
+"""What ranks do in the tests of pipelines over several processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hunyuan_fast.distributed.broadcast import from_first, tensor_from_first, to_first
+from hunyuan_fast.distributed.mesh import Layout
+from hunyuan_fast.distributed.traffic import count_traffic
+from tests.kit.pipeline import tiny_pipeline
+
+REQUEST = {"prompt": ["a red circle", "a blue star moving up"], "seed": 3}
+REQUEST |= {"height": 48, "width": 32, "num_frames": 5, "num_inference_steps": 2}
+
+
+def alone(**changes: Any) -> Tensor:
+    """What one process makes."""
+    return tiny_pipeline()(**REQUEST | changes)
+
+
+def together(layout: dict[str, Any], changes: list[dict[str, Any]]) -> dict[str, Any]:
+    """What this rank gets, knows and sees of a call with its own changes of the request."""
+    pipeline = tiny_pipeline().parallelize(Layout(**layout))
+    seen: dict[str, Any] = {"calls": []}
+
+    def look(module: Any, inputs: tuple[Tensor, ...], given: dict[str, Tensor]) -> None:
+        seen["calls"].append({"latents": inputs[0], "timestep": inputs[1], **given})
+
+    pipeline.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    rank = dist.get_rank()
+    made = pipeline(**REQUEST | changes[rank % len(changes)])
+    seen["made"] = made
+    seen["text on"] = pipeline.text_encoder.device.type
+    return seen
+
+
+def refused(layout: dict[str, Any], changes: dict[str, Any]) -> str:
+    """What this rank hears of a call that rank 0 refuses."""
+    pipeline = tiny_pipeline().parallelize(Layout(**layout))
+    try:
+        pipeline(**REQUEST | (changes if dist.get_rank() == 0 else {}))
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def not_fitting(layout: dict[str, Any]) -> str:
+    try:
+        tiny_pipeline().parallelize(Layout(**layout))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def exchanged() -> dict[str, Any]:
+    """The helpers of a group by themselves."""
+    rank, everybody = dist.get_rank(), dist.group.WORLD
+    with count_traffic() as traffic:
+        same = tensor_from_first(
+            torch.arange(6).to(torch.bfloat16).view(2, 3).T if rank == 0 else None,
+            everybody,
+            torch.device("cpu"),
+        )
+        none = tensor_from_first(
+            torch.empty(0, 2) if rank == 0 else None, everybody, torch.device("cpu")
+        )
+        whole = to_first(torch.full((rank, 2), float(rank)), (0, 1, 2), everybody)
+    return {
+        "object": from_first(lambda: {"of": rank}, everybody),
+        "same": same,
+        "none": none,
+        "whole": whole,
+        "bytes": dict(traffic.bytes),
+    }
