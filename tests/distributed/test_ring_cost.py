@@ -220,7 +220,9 @@ def test_lengths_of_other_processes_than_there_are() -> None:
         return usp_attention(q, q, q, shards=shards, kv_len=kv_len, ulysses=None, ring=None)
 
     for call in (ring, usp):
-        with pytest.raises(ValueError, match=r"kv_len must be \(ranks, B\) = \(1, 2\), got .*\(3, 2"):
+        with pytest.raises(
+            ValueError, match=r"kv_len must be \(ranks, B\) = \(1, 2\), got .*\(3, 2"
+        ):
             call(torch.zeros(3, 2, dtype=torch.int32))
         with pytest.raises(TypeError, match="kv_len must be int32 or int64, got torch.float32"):
             call(torch.full((1, 2), 1.5))
