@@ -50,6 +50,14 @@ def check_kv_len(kv_len: Tensor, q: Tensor, name: str = "kv_len") -> None:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {kv_len.device}")
 
 
+def check_kv_len_of_all(kv_len: Tensor, q: Tensor, rank: int, ranks: int) -> None:
+    """One length for each process and sample, beside the q of one of the processes."""
+    expected = ranks, q.shape[0]
+    if kv_len.shape != expected:
+        raise ValueError(f"kv_len must be (ranks, B) = {expected}, got shape {tuple(kv_len.shape)}")
+    check_kv_len(kv_len[rank], q)
+
+
 def check_lengths(kv_len: Tensor | None, length: int, name: str = "kv_len") -> None:
     """Lengths within the sequence; those on a GPU are not looked at, the host would wait."""
     if kv_len is None or kv_len.device.type != "cpu":

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from hunyuan_fast.distributed.collectives import all_to_all, rank_in, size_of
 from hunyuan_fast.distributed.shards import TokenShards, split_sizes
-from hunyuan_fast.ops.attention_checks import check_tensors
+from hunyuan_fast.ops.attention_checks import check_kv_len_of_all, check_tensors
 from hunyuan_fast.ops.ring_attention import ring_attention
 
 
@@ -64,7 +64,7 @@ def usp_attention(
     together, rings = size_of(ulysses), size_of(ring)
     _check_shards(q, shards, kv_len, together * rings, rank_in(ring) * together + rank_in(ulysses))
     around = shards.merged(together)
-    valid = kv_len.view(rings, together, -1).sum(1, dtype=torch.int32)
+    valid = kv_len.unflatten(0, (rings, together)).sum(1, dtype=torch.int32)
     if ulysses is None:
         attended = ring_attention(
             q, k, v, kv_len=valid, lengths=around.rows, scale=scale, group=ring
@@ -163,7 +163,4 @@ def _check_shards(q: Tensor, shards: TokenShards, kv_len: Tensor, ranks: int, ra
         raise ValueError(
             f"shards must have {q.shape[1]} rows for process {rank}, as q has, got {shards}"
         )
-    if kv_len.shape != (ranks, q.shape[0]):
-        raise ValueError(
-            f"kv_len must be (ranks, B) = ({ranks}, {q.shape[0]}), got {tuple(kv_len.shape)}"
-        )
+    check_kv_len_of_all(kv_len, q, rank, ranks)

@@ -88,10 +88,10 @@ def _attended(
 
 
 def _stand_in(qkv: Tensor, q_weight: Tensor, num_heads: int, text_qkv: Tensor | None) -> Tensor:
-    """A tensor as q is but for its strides, without its memory: for those who look at no values."""
+    """A tensor as q is, but that all rows are one in memory: for those who look at no values."""
     length = qkv.shape[1] if text_qkv is None else qkv.shape[1] + text_qkv.shape[1]
-    shape = (qkv.shape[0], length, num_heads, q_weight.shape[0])
-    return qkv.new_empty(()).expand(shape)
+    head_dim = q_weight.shape[0]
+    return qkv.new_empty(head_dim).expand(qkv.shape[0], length, num_heads, head_dim)
 
 
 def _fake(*args: Any) -> Tensor:

@@ -21,7 +21,12 @@ from torch.profiler import record_function
 from hunyuan_fast.dispatch import select
 from hunyuan_fast.distributed.collectives import all_gather_parts
 from hunyuan_fast.distributed.rotation import Transfer, rotate
-from hunyuan_fast.ops.attention_checks import check_kv_len, check_lengths, check_tensors
+from hunyuan_fast.ops.attention_checks import (
+    check_kv_len,
+    check_kv_len_of_all,
+    check_lengths,
+    check_tensors,
+)
 from hunyuan_fast.ops.operator import define, refuse_second_derivative
 from hunyuan_fast.ops.rope3d_attention import attention, attention_backward
 
@@ -86,8 +91,10 @@ def ring_attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if group is None:
-        own = kv_len if kv_len is None or kv_len.dim() == 1 else kv_len[0]
-        return attention(q, k, v, kv_len=own, scale=scale, return_lse=return_lse)
+        if kv_len is not None and kv_len.dim() == 2:
+            check_kv_len_of_all(kv_len, q, 0, 1)
+            kv_len = kv_len[0]
+        return attention(q, k, v, kv_len=kv_len, scale=scale, return_lse=return_lse)
     kv_len, lengths = _everywhere(q, kv_len, lengths, group)
     out, lse = _ring(q, k, v, kv_len, lengths, float(scale), group.group_name)
     return (out, lse) if return_lse else out
@@ -109,12 +116,7 @@ def _everywhere(
             f"lengths must say {q.shape[1]} for rank {rank}, as many tokens as q has, got {lengths}"
         )
     if kv_len is not None and kv_len.dim() == 2:
-        if kv_len.shape != (ranks, q.shape[0]):
-            raise ValueError(
-                f"kv_len must be (ranks, B) = ({ranks}, {q.shape[0]}), "
-                f"got shape {tuple(kv_len.shape)}"
-            )
-        check_kv_len(kv_len[rank], q)
+        check_kv_len_of_all(kv_len, q, rank, ranks)
     elif kv_len is not None:
         check_kv_len(kv_len, q)
         kv_len = all_gather_parts(kv_len[None], (1,) * ranks, group, 0)

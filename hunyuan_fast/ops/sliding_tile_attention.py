@@ -20,6 +20,7 @@ from hunyuan_fast.ops.attention_checks import (
 from hunyuan_fast.ops.operator import define, refuse_second_derivative
 
 _ROOM = "sliding_tile_attention"
+_MOST_TILES = torch.iinfo(torch.int32).max
 Sizes = tuple[int, int, int]
 Windows = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
@@ -95,8 +96,12 @@ def sliding_tile_attention(
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, windows: Tensor, *rest: Any) -> tuple[Any, ...]:
-    """Operators take six ints for the sizes; implementations, two times three."""
-    return q, k, v, windows, rest[:3], rest[3:6], *rest[6:]
+    """Operators take six ints for the sizes; implementations, two times three.
+
+    A tile beyond the grid is the whole of it, and kernels need not count further.
+    """
+    grid, tile = rest[:3], tuple(map(min, rest[3:6], rest[:3]))
+    return q, k, v, windows, grid, tile, *rest[6:]
 
 
 def _forward_kernel(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -205,6 +210,8 @@ def _read_windows(windows: Windows, q: Tensor) -> Tensor:
         raise TypeError(f"windows must be int32 or int64, got {windows.dtype}")
     if windows.device != q.device:
         raise ValueError(f"windows must be on the device of q, {q.device}, got {windows.device}")
+    if windows.dtype == torch.int64:  # no number may become another one
+        windows = windows.clamp(-_MOST_TILES, _MOST_TILES)
     return windows.to(torch.int32)
 
 
@@ -219,7 +226,7 @@ def _as_rows(windows: Any) -> list[list[int]]:
             raise TypeError(f"windows must be three ints, or three for each head, got {windows!r}")
         if min(row) < 1:
             raise ValueError(f"windows must be at least 1 tile along each axis, got {windows!r}")
-    return [list(row) for row in each]
+    return [[min(size, _MOST_TILES) for size in row] for row in each]
 
 
 def _check_values(q: Tensor, k: Tensor, v: Tensor, windows: Tensor, *rest: Any) -> None:

@@ -46,6 +46,15 @@ def half_unfit(q: Tensor, k: Tensor, v: Tensor, name: str, widest: int = 256) ->
     return unfit(q, k, v, name, _HALF, widest)
 
 
+def flash_unfit(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, name: str, widest: int = 256
+) -> str | None:
+    """``unfit`` of a FlashAttention, which looks for the largest score before it scales them."""
+    if scale <= 0:  # it would be the smallest, and powers of the others overflow
+        return f"{name} takes a positive scale, got {scale}"
+    return half_unfit(q, k, v, name, widest)
+
+
 # How many queries and how many keys of each sample take part: some of both, or none.
 Meeting = tuple[Tensor, Tensor]
 

@@ -1,5 +1,6 @@
 """The table of agreement shows who is wrong, and in which result."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,17 @@ def test_distances_tell_what_is_wrong(candidates):
     assert found["wrong"][3] == pytest.approx(0.01, rel=1e-3)
     assert max(found["wrong"][i] for i in (0, 1, 2, 4)) < 1e-5
     assert max(found["reference"]) < 1e-5
+
+
+def test_no_number_in_one_problem_is_none_in_the_table(candidates, monkeypatch):
+    def backward(dout, *args):
+        """NaN where there are lengths, which the first problem has not."""
+        dq, dk, dv = reference.backward(dout, *args)
+        return dq, dk * (1 if args[5] is None else torch.nan), dv
+
+    monkeypatch.setattr(dispatch.choices("any")["wrong"], "backward", backward)
+    found = agreement.alone(torch.float32, CPU)
+    assert [math.isnan(x) for x in found["wrong"]] == [False, False, False, True, False]
 
 
 def test_mixing_tells_whose_backward_it_is(candidates):

@@ -206,3 +206,24 @@ def refused(kind: str) -> str:
 )
 def test_refusals(ranks: RankPool, kind: str, words: str) -> None:
     assert all(words in message for message in ranks.run(2, refused, kind))
+
+
+def test_lengths_of_other_processes_than_there_are() -> None:
+    """By itself a process has the rows of one, and takes no others for them."""
+    q = torch.zeros(2, 3, 2, 4)
+    shards = TokenShards((2,), (1,))
+
+    def ring(kv_len: Tensor) -> object:
+        return room.ring_attention(q, q, q, kv_len=kv_len, group=None)
+
+    def usp(kv_len: Tensor) -> object:
+        return usp_attention(q, q, q, shards=shards, kv_len=kv_len, ulysses=None, ring=None)
+
+    for call in (ring, usp):
+        with pytest.raises(
+            ValueError, match=r"kv_len must be \(ranks, B\) = \(1, 2\), got .*\(3, 2"
+        ):
+            call(torch.zeros(3, 2, dtype=torch.int32))
+        with pytest.raises(TypeError, match="kv_len must be int32 or int64, got torch.float32"):
+            call(torch.full((1, 2), 1.5))
+        call(torch.ones(1, 2, dtype=torch.int32))

@@ -20,6 +20,7 @@ from tests.ops.test_norm_rope_attention_sm90 import RawEmulator
 from tests.ops.test_rope3d_attention_sm90 import emulated_by, impl
 
 __all__ = ["impl"]  # a fixture
+ATTENTION = "rope3d_attention"
 ON_CPU = answering_on_cpu(os.environ.get("TRITON_INTERPRET") == "1")
 each_implementation = pytest.mark.parametrize("name", ON_CPU)
 each_number_of_streams = pytest.mark.parametrize("streams", [1, 2])
@@ -88,6 +89,14 @@ def test_double_precision_and_nothing_at_all(generator):
     assert attend(none).shape == (0, 8, 2, 64)
 
 
+@pytest.mark.parametrize("name", ["library_impl", "library_impl.cpu_flash"])
+def test_a_library_that_wants_adjacent_features_answers(name, generator):
+    """It is asked before there is a q."""
+    call = draw_call(generator, dtype=torch.float32)
+    with use(name, ATTENTION):
+        assert_equal(attend(call), apart(call))
+
+
 @each_number_of_streams
 def test_registration(streams, generator):
     call = draw_call(generator, streams=streams, dtype=torch.bfloat16)
@@ -133,7 +142,7 @@ def preparing(impl, monkeypatch) -> RawEmulator:
     module = importlib.import_module("hunyuan_fast.ops.norm_rope_attention")
 
     def chosen(op, *args):
-        return impl if op == "rope3d_attention" else select(op, *args)
+        return impl if op == ATTENTION else select(op, *args)
 
     monkeypatch.setattr(module, "select", chosen)
     return emulated_by(RawEmulator(), impl, monkeypatch)

@@ -234,6 +234,16 @@ def test_a_library_says_why_it_declines(library, libraries):
     assert not library.VERIFIED_ON
 
 
+def test_a_flash_attention_wants_a_positive_scale(libraries):
+    """It takes the largest score before it scales: with a negative scale, the smallest."""
+    with FakeTensorMode():
+        q = fake(1, 8, 2, 64)
+        for library in (flash, flash_attn_2, flash_attn_3, flash_attn_4):
+            for scale in (-0.125, 0.0):
+                assert f"got {scale}" in library.supports(q, q, q, None, scale)
+        assert efficient.supports(q, q, q, None, -0.125) is None
+
+
 @pytest.mark.parametrize(
     ("library", "major", "said"),
     [

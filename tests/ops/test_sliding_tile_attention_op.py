@@ -124,6 +124,23 @@ def test_windows_for_all_heads_and_for_each(generator):
         assert_equal(sliding_tile_attention(*call.tensors, **options), expected)
 
 
+@pytest.mark.parametrize("size", [2**31, 2**32 + 1, 2**62])
+def test_windows_and_tiles_of_any_size(size, generator):
+    """More than there is of the grid is all of it, whatever 32 bits hold."""
+    call = draw_call(generator)
+    expected = attention(*call.tensors)
+    for options in (
+        {"windows": (size, size, size)},
+        {"windows": torch.full((2, 3), size)},
+        {"tile": (size, size, size), "windows": (1, 1, 1)},
+    ):
+        found = sliding_tile_attention(*call.tensors, **call.options | options)
+        assert_equal(found, expected)
+    with pytest.raises(ValueError, match="windows must be at least 1"):
+        windows = torch.full((2, 3), 1 - size)
+        sliding_tile_attention(*call.tensors, **call.options | {"windows": windows})
+
+
 @pytest.mark.parametrize("shape", [(0, 23, 2, 8), (2, 23, 0, 8)], ids=str)
 def test_empty_tensors(shape):
     q = torch.empty(shape, requires_grad=True)

@@ -25,7 +25,7 @@ def supports(
     q_len: Tensor | None = None,
 ) -> str | None:
     """``None`` when the kernel takes these tensors, else the reason."""
-    return prefixes.half_unfit(q, k, v, "FlashAttention")
+    return prefixes.flash_unfit(q, k, v, scale, "FlashAttention")
 
 
 def forward(

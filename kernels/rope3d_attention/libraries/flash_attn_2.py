@@ -36,7 +36,7 @@ def supports(
     """``None`` when the package is here and takes these tensors, else the reason."""
     reason = _missing()
     if reason is None:
-        reason = prefixes.half_unfit(q, k, v, "FlashAttention 2")
+        reason = prefixes.flash_unfit(q, k, v, scale, "FlashAttention 2")
     if reason is None and prefixes.capability(q.device.index) < (8, 0):
         return "FlashAttention 2 needs compute capability 8.0 or newer"
     return reason

@@ -35,7 +35,7 @@ def supports(
     """``None`` when the package is here and takes these tensors, else the reason."""
     reason = _missing()
     if reason is None:
-        reason = prefixes.half_unfit(q, k, v, "FlashAttention 3")
+        reason = prefixes.flash_unfit(q, k, v, scale, "FlashAttention 3")
     if reason is None and prefixes.capability(q.device.index) != (9, 0):
         return "FlashAttention 3 needs compute capability 9.0"
     return reason

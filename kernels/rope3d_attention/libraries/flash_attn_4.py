@@ -36,7 +36,7 @@ def supports(
     """``None`` when the package is here and takes these tensors, else the reason."""
     reason = _missing()
     if reason is None:
-        reason = prefixes.half_unfit(q, k, v, "FlashAttention 4", widest=128)
+        reason = prefixes.flash_unfit(q, k, v, scale, "FlashAttention 4", widest=128)
     if reason is None and prefixes.capability(q.device.index)[0] not in (9, 10, 11):
         return "FlashAttention 4 needs compute capability 9, 10 or 11"
     return reason
