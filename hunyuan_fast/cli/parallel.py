@@ -75,8 +75,8 @@ def read_layout(options: ParallelOptions, command: str) -> Layout:
     return layout
 
 
-def check_layout(layout: Layout, num_heads: int, num_videos: int | None = None) -> None:
-    """Refuse a layout that does not fit a model of so many heads, or so many videos.
+def check_layout(layout: Layout, num_heads: int) -> None:
+    """Refuse a layout that does not fit a model of so many heads.
 
     Raises:
         UsageError: it does not.
@@ -85,7 +85,21 @@ def check_layout(layout: Layout, num_heads: int, num_videos: int | None = None) 
         layout.check_heads(num_heads)
     except ValueError as error:
         raise UsageError(in_flags(str(error))) from error
-    if num_videos is not None and num_videos < layout.dp:
+
+
+def check_videos(layout: Layout, num_heads: int, num_videos: int) -> None:
+    """Refuse a layout that cannot make so many videos by a model of so many heads.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    from hunyuan_fast.pipelines.parallel import check_layout as check
+
+    try:
+        check(layout, num_heads)
+    except ValueError as error:
+        raise UsageError(in_flags(str(error))) from error
+    if num_videos < layout.dp:
         raise UsageError(
             f"--dp {layout.dp} deals out videos, and there is {num_videos}; make at least "
             f"{layout.dp} with --num-videos, or share each of them with --cp"

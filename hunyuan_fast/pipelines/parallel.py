@@ -22,6 +22,8 @@ from hunyuan_fast.distributed.broadcast import from_first, tensor_from_first, to
 from hunyuan_fast.distributed.collectives import rank_in, size_of
 from hunyuan_fast.distributed.mesh import Layout, build_mesh, group_of
 from hunyuan_fast.distributed.shards import part, split_sizes
+from hunyuan_fast.models.dit.fully_sharded import shard_states
+from hunyuan_fast.models.dit.parallel import parallelize as share_transformer
 from hunyuan_fast.pipelines.inputs import Request
 
 if TYPE_CHECKING:
@@ -32,9 +34,11 @@ class Ranks:
     """Who of the processes of a pipeline does what; without a mesh there is one process.
 
     video: those that make one video, None for this one alone
+    device: where the transformer computes, if its weights may wait elsewhere
     """
 
-    def __init__(self, mesh: DeviceMesh | None = None) -> None:
+    def __init__(self, mesh: DeviceMesh | None = None, device: torch.device | None = None) -> None:
+        self.device = device
         self._everybody: ProcessGroup | None = None if mesh is None else dist.group.WORLD
         self._replicas = None if mesh is None else group_of(mesh, "dp")
         self.video = None if mesh is None else group_of(mesh, "video")
@@ -106,6 +110,16 @@ class Ranks:
         return split_sizes(count, size_of(self._replicas))
 
 
+def check_layout(layout: Layout, num_heads: int) -> None:
+    """Raise ValueError for a layout that no pipeline with a model of so many heads can have."""
+    layout.check_heads(num_heads)
+    if layout.zero not in (0, 3):
+        raise ValueError(
+            f"zero must be 0 or 3 where nothing is trained, got {layout.zero}; 3 keeps the weights "
+            "once in dp x cp processes"
+        )
+
+
 def parallelize(pipeline: HunyuanVideoPipeline, layout: Layout, mesh: DeviceMesh | None) -> None:
     """Share the work of a pipeline, which every process has loaded, with the whole default group.
 
@@ -114,22 +128,17 @@ def parallelize(pipeline: HunyuanVideoPipeline, layout: Layout, mesh: DeviceMesh
     mesh: as of :func:`build_mesh`; None makes one
     Raises ValueError when the layout fits neither the model nor the number of processes.
     """
-    config = pipeline.transformer.config
-    layout.check_heads(config.heads_num)
+    check_layout(layout, pipeline.transformer.config.heads_num)
     if layout.is_single:
         return
     layout.check_world(dist.get_world_size())
+    device = pipeline.device
     if mesh is None:
-        mesh = build_mesh(layout, pipeline.device.type)
-    if layout.cp * layout.tp > 1 or layout.zero:
-        from hunyuan_fast.models.dit.parallel import parallelize as share_transformer
-
-        share_transformer(pipeline.transformer, mesh, layout)
-    if layout.zero >= 2:
-        from hunyuan_fast.models.dit.fully_sharded import shard_states
-
+        mesh = build_mesh(layout, device.type)
+    share_transformer(pipeline.transformer, mesh, layout)
+    if layout.zero == 3:
         shard_states(pipeline.transformer, mesh, layout)
-    pipeline.ranks = Ranks(mesh)
+    pipeline.ranks = Ranks(mesh, device)
     if not pipeline.ranks.is_first_of_video:
         for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
             encoder.to("meta")

@@ -93,7 +93,7 @@ class HunyuanVideoPipeline:
     @property
     def device(self) -> torch.device:
         """Device of the transformer."""
-        return next(self.transformer.parameters()).device
+        return self.ranks.device or next(self.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:

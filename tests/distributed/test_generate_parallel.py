@@ -36,9 +36,11 @@ def difference(found: list[dict[str, Any]], expected: Tensor) -> float:
         (3, {"cp": 3}, "float"),
         (2, {"cp": 2, "ulysses": 2}, "latent"),
         (2, {"dp": 2}, "float"),
+        (2, {"tp": 2}, "float"),
+        (2, {"dp": 2, "zero": 3}, "latent"),
+        (2, {"cp": 2, "zero": 3, "offload": True}, "latent"),
         (4, {"dp": 2, "cp": 2}, "latent"),
-        (2, {"tp": 2}, "latent"),
-        (4, {"cp": 2, "tp": 2, "zero": 3}, "latent"),
+        (4, {"cp": 2, "tp": 2, "zero": 3}, "float"),
     ],
 )
 def test_the_videos_of_one_process(
@@ -84,6 +86,7 @@ def test_layouts_that_do_not_fit(ranks: RankPool) -> None:
     for layout, words in (
         ({"cp": 3}, "dp x cp x tp must be the number of processes, 2"),
         ({"tp": 4}, "tp must divide the 2 heads"),
+        ({"dp": 2, "zero": 2}, "zero must be 0 or 3 where nothing is trained, got 2"),
     ):
         assert all(words in said for said in ranks.run(2, generate_cases.not_fitting, layout))
 

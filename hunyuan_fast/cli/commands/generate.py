@@ -12,7 +12,7 @@ from hunyuan_fast.cli.errors import UsageError
 from hunyuan_fast.cli.outputs import output_paths, tried
 from hunyuan_fast.cli.parallel import (
     ParallelOptions,
-    check_layout,
+    check_videos,
     console_of_process,
     is_first,
     join,
@@ -165,7 +165,7 @@ def _read(options: Options, layout: "Layout") -> "tuple[Request, float, Attentio
         request = read_request(limits, arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(in_flags(str(error))) from error
-    check_layout(layout, limits.transformer.heads_num, len(request.prompts))
+    check_videos(layout, limits.transformer.heads_num, len(request.prompts))
     windows = None
     if options.attention_windows is not None:
         if options.attention_precision != "same":
