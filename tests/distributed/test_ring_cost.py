@@ -224,6 +224,6 @@ def test_lengths_of_other_processes_than_there_are() -> None:
             ValueError, match=r"kv_len must be \(ranks, B\) = \(1, 2\), got .*\(3, 2"
         ):
             call(torch.zeros(3, 2, dtype=torch.int32))
-        with pytest.raises(TypeError, match="kv_len must be int32 or int64, got torch.float32"):
+        with pytest.raises(TypeError, match=r"kv_len must be int32 or int64, got torch\.float32"):
             call(torch.full((1, 2), 1.5))
         call(torch.ones(1, 2, dtype=torch.int32))
