@@ -148,10 +148,21 @@ def _plan(options: Options) -> "tuple[Measures, tuple[int, ...]]":
         tile = _read_sizes("--tile", options.tile)
     candidates = calibration.default_candidates(grid, tile)
     if options.windows is not None:
-        asked = [_read_sizes("--windows", word) for word in options.windows.split()]
+        asked = [_read_sizes("--windows", word) for word in options.windows.split() or [""]]
         candidates = calibration.read_candidates(asked, grid, tile)
-    steps = calibration.spread(options.measured, request.num_inference_steps)
-    return calibration.Measures(grid, tile, candidates), steps
+    measures = calibration.Measures(grid, tile, candidates)
+    _check_budget(options.budget, measures)
+    return measures, calibration.spread(options.measured, request.num_inference_steps)
+
+
+def _check_budget(budget: float | None, measures: "Measures") -> None:
+    """Refuse what no choice of windows can keep to, before anything is measured for it."""
+    least = min(map(measures.cost, measures.candidates))  # without text, which adds to it
+    if budget is not None and budget < least:
+        raise UsageError(
+            f"--budget must be at least {least:.3f}, which the smallest windows cost, "
+            f"got {budget:g}; try smaller --tile or --windows"
+        )
 
 
 def _arguments(options: Options, prompt: str) -> dict[str, Any]:
