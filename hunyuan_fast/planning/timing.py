@@ -26,6 +26,7 @@ from hunyuan_fast.planning.traffic import (
     ring_attention_bytes,
     tensor_parallel_collectives,
     ulysses_bytes,
+    ulysses_messages,
 )
 from hunyuan_fast.planning.work import (
     BACKWARD,
@@ -245,11 +246,12 @@ class Clock:
         hop = hop_seconds(passed / (ring - 1), group, self.hardware)
         merge = (ring - 1) * elements * MERGE_BYTES / self.hardware.memory_rate
         at_once = attention / ring
+        exposed = max(0.0, hop - at_once)
         if not backward:
-            return (ring - 1) * max(0.0, hop - at_once), merge
+            return (ring - 1) * exposed, merge
         # gradients of keys and values travel one hop behind; the last hop has nothing to hide it
         late = hop_seconds(2 * elements * GRADIENT_BYTES, group, self.hardware)
-        return (ring - 1) * max(0.0, hop + late - at_once) + late, merge
+        return exposed + (ring - 2) * max(0.0, hop + late - at_once) + late, merge
 
     def _exchange(self, layout: Layout, rows: int, backward: bool) -> float:
         config, ranks = self.job.config, layout.ulysses
@@ -258,7 +260,8 @@ class Clock:
             *(ranks, backward),
         )
         group = ulysses_group(layout)
-        return 4 * exchange_seconds(sent / 4, group, self.hardware)
+        calls = ulysses_messages(ranks)
+        return calls * exchange_seconds(sent / calls, group, self.hardware) if calls else 0.0
 
     def _tensor(self, kind: Kind, layout: Layout, rows: int) -> float:
         size = rows * self.job.config.hidden_size * self.job.weight_bytes

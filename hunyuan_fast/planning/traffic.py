@@ -41,8 +41,9 @@ def ring_attention_bytes(
     rows_per_rank: rows L_r of keys and values on each rank: one number, or one for every rank
 
     Forward: K and V, each (B, L_r, N, D), go P - 1 hops; a rank passes on every shard but that of
-    its neighbour, where the ring ends. Backward: the same again, and dK and dV in float32 go P
-    hops, one behind, so that they end where their keys live.
+    its neighbour, where the ring ends. Backward: the same again, and dK and dV in float32 go P - 1
+    hops, one behind: begun by the rank after the one where their keys live, they end there, and a
+    rank passes on those of every shard but its own.
     """
     rows = _rows(rows_per_rank, ranks)
     if ranks == 1:
@@ -50,14 +51,15 @@ def ring_attention_bytes(
     row = 2 * batch * heads * head_dim
     passed = sum(rows) - rows[(rank + 1) % ranks]
     sent = passed * row * bytes_per_element
-    return sent + sum(rows) * row * GRADIENT_BYTES if backward else sent
+    gradients = (sum(rows) - rows[rank]) * row * GRADIENT_BYTES
+    return sent + gradients if backward else sent
 
 
 def ring_attention_messages(ranks: int, backward: bool) -> int:
     """Hops of the ring: one message holds K and V, in backward another one dK and dV."""
     if ranks == 1:
         return 0
-    return 2 * ranks - 1 if backward else ranks - 1
+    return 2 * (ranks - 1) if backward else ranks - 1
 
 
 def ulysses_bytes(
@@ -73,9 +75,9 @@ def ulysses_bytes(
 ) -> int:
     """Bytes that ``rank`` sends to exchange rows for heads around attention in one layer.
 
-    q, k and v go from (B, L_r, N, D) to (B, L, N_r, D), and what attention gives comes back: four
-    all-to-alls. Backward: its gradient goes out, dq, dk and dv come back. Heads are shared out as
-    evenly as they can be, the first ranks have one more.
+    q, k and v go from (B, L_r, N, D) to (B, L, N_r, D) in one all-to-all, and what attention gives
+    comes back in another. Backward: its gradient goes out, dq, dk and dv come back. Heads are
+    shared out as evenly as they can be, the first ranks have one more.
     """
     rows = _rows(rows_per_rank, ranks)
     own = heads // ranks + (rank < heads % ranks)
@@ -87,7 +89,7 @@ def ulysses_bytes(
 
 def ulysses_messages(ranks: int) -> int:
     """Calls of all-to-all in one layer, forward; backward has as many."""
-    return 0 if ranks == 1 else 4
+    return 0 if ranks == 1 else 2
 
 
 def all_gather_bytes(size: int, ranks: int) -> int:

@@ -13,6 +13,7 @@ from hunyuan_fast.distributed.mesh import Layout, build_mesh, group_of
 from hunyuan_fast.distributed.shards import TokenShards, split_sizes
 from hunyuan_fast.distributed.traffic import count_traffic
 from hunyuan_fast.ops.context_attention import usp_attention
+from hunyuan_fast.planning import traffic
 from tests.distributed.attention_cases import Sequence, rows_of
 from tests.kit.links import slow_link
 from tests.kit.ranks import RankPool
@@ -43,8 +44,8 @@ def counted(layout: dict[str, Any], dtype: torch.dtype) -> tuple[Sent, Sent]:
         out = usp_attention(q, k, v, shards=shards, kv_len=kv_len, **groups)
     with count_traffic() as backward:
         out.backward(dout)
-    for traffic in (forward, backward):
-        found.append({kind: (n, traffic.messages[kind]) for kind, n in traffic.bytes.items()})
+    for sent in (forward, backward):
+        found.append({kind: (n, sent.messages[kind]) for kind, n in sent.bytes.items()})
     return found[0], found[1]
 
 
@@ -53,27 +54,25 @@ def shards_of(layout: dict[str, Any]) -> TokenShards:
 
 
 def predicted(layout: dict[str, Any], rank: int, dtype: torch.dtype) -> tuple[Sent, Sent]:
-    """The formulas of docs/parallel.md."""
+    """What plans count with."""
     together = layout.get("ulysses", 1)
-    rings = layout["cp"] // together
-    size, wide = dtype.itemsize, max(4, dtype.itemsize)
-    token = len(SEQUENCE.text_lens) * SEQUENCE.head_dim
-    shards, heads = shards_of(layout), split_sizes(SEQUENCE.heads, together)[rank % together]
-    forward, backward = {}, {}
-    if together > 1:
-        ring = rank // together
-        rows = shards.rows[ring * together : (ring + 1) * together]
-        away = rows[rank % together] * (SEQUENCE.heads - heads)
-        home = (sum(rows) - rows[rank % together]) * heads
-        forward["all_to_all"] = ((3 * away + home) * token * size, 2)
-        backward["all_to_all"] = ((away + 3 * home) * token * size, 2)
-    if rings > 1:
-        rows, ring = shards.merged(together).rows, rank // together
-        keys = (sum(rows) - rows[(ring + 1) % rings]) * 2 * heads * token * size
-        gradients = (sum(rows) - rows[ring]) * 2 * heads * token * wide
-        forward["ring"] = (keys, rings - 1)
-        backward["ring"] = (keys + gradients, 2 * (rings - 1))
-    return forward, backward
+    rings, shards = layout["cp"] // together, shards_of(layout)
+    ring, inside = divmod(rank, together)
+    heads = split_sizes(SEQUENCE.heads, together)[inside]
+    batch, dim, size = len(SEQUENCE.text_lens), SEQUENCE.head_dim, dtype.itemsize
+    found: tuple[Sent, Sent] = ({}, {})
+    for backward, sent in enumerate(found):
+        if together > 1:
+            rows = shards.rows[ring * together : (ring + 1) * together]
+            numbers = batch, rows, SEQUENCE.heads, dim, size, together, bool(backward)
+            calls = traffic.ulysses_messages(together)
+            sent["all_to_all"] = traffic.ulysses_bytes(*numbers, rank=inside), calls
+        if rings > 1:
+            rows = shards.merged(together).rows
+            numbers = batch, rows, heads, dim, size, rings, bool(backward)
+            calls = traffic.ring_attention_messages(rings, bool(backward))
+            sent["ring"] = traffic.ring_attention_bytes(*numbers, rank=ring), calls
+    return found
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
