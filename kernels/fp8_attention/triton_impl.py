@@ -72,7 +72,7 @@ def forward(
 def statistics(k: Tensor, v: Tensor, kv_len: Tensor | None) -> Statistics:
     """Means of keys and values, and the largest distance of a value from its mean."""
     batch, length, num_heads, head_dim = k.shape
-    k, v = _rows(k), _rows(v)
+    k, v, lengths = _rows(k), _rows(v), _packed(kv_len)
     chunks = num_chunks(length)
     parts = k.new_empty((4, batch, num_heads, chunks, head_dim), dtype=torch.float32)
     known = Statistics(*(parts.new_empty((batch, num_heads, head_dim)) for _ in range(3)))
@@ -80,14 +80,14 @@ def statistics(k: Tensor, v: Tensor, kv_len: Tensor | None) -> Statistics:
     width = {"D": head_dim, "BLOCK_D": lanes_of(head_dim)}
     with _device_of(k):
         statistics_kernel[(chunks, batch * num_heads)](
-            *(k, v, kv_len, parts),
+            *(k, v, lengths, parts),
             *sizes,
             *(*k.stride()[:3], *v.stride()[:3]),
             **width,
             CHUNK=CHUNK,
             STEP=STEP,
         )
-        merge_kernel[(1, batch * num_heads)](parts, kv_len, *known, *sizes, **width, num_warps=1)
+        merge_kernel[(1, batch * num_heads)](parts, lengths, *known, *sizes, **width, num_warps=1)
     return known
 
 
@@ -98,6 +98,7 @@ def quantize(
     batch, length, num_heads, head_dim = q.shape
     q, k, v = (_rows(x) for x in (q, k, v))
     known = Statistics(*(x.contiguous() for x in known))
+    lengths = _packed(kv_len)
     padded = padded_length(length)
     heads = batch, num_heads
 
@@ -121,7 +122,7 @@ def quantize(
             (k, known.key_mean, codes.k, codes.k_scale, KEY_FACTOR, KEY_BLOCK),
         ):
             rows_kernel[(padded // rows, batch * num_heads)](
-                *(x, mean, kv_len, result, scales),
+                *(x, mean, lengths, result, scales),
                 *(*sizes, factor, *x.stride()[:3]),
                 **width,
                 ROWS=rows,
@@ -129,7 +130,7 @@ def quantize(
                 num_warps=num_warps_of(rows),
             )
         values_kernel[(padded // KEY_BLOCK, batch * num_heads)](
-            *(v, known.value_mean, known.value_peak, kv_len, codes.v),
+            *(v, known.value_mean, known.value_peak, lengths, codes.v),
             *(*sizes, *v.stride()[:3]),
             **width,
             KEYS=KEY_BLOCK,
@@ -145,7 +146,7 @@ def attend(codes: Codes, kv_len: Tensor | None, out: Tensor) -> Tensor:
     with _device_of(out):
         attend_kernel[(triton.cdiv(length, tile.queries), batch * num_heads)](
             *codes,
-            *(kv_len, out),
+            *(_packed(kv_len), out),
             *(num_heads, length, padded_length(length), *out.stride()),
             D=head_dim,
             BLOCK_D=tile.block,
@@ -160,6 +161,11 @@ def attend(codes: Codes, kv_len: Tensor | None, out: Tensor) -> Tensor:
 def _rows(t: Tensor) -> Tensor:
     """The tensor with its last dimension contiguous; the other strides may be any."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _packed(kv_len: Tensor | None) -> Tensor | None:
+    """Lengths that lie side by side, as kernels read them."""
+    return None if kv_len is None else kv_len.contiguous()
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[object]:

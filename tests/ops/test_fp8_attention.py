@@ -129,6 +129,19 @@ def test_centring_and_rotating_is_what_holds_outliers(generator, monkeypatch):
 
 
 @each_implementation
+@pytest.mark.parametrize("step", [0, 2])
+def test_lengths_of_any_stride(name, step, generator):
+    """A column of a table, or one number for all."""
+    call = draw_call(generator, length=9, lengths=(5, 5 if step == 0 else 9), heads=1)
+    apart = torch.tensor([5, 0, call.lengths[1]], dtype=torch.int32).as_strided((2,), (step,))
+    assert apart.tolist() == list(call.lengths)
+    with use(name, ROOM):
+        expected = fp8_attention(*call.tensors, kv_len=call.kv_len, scale=call.scale)
+        found = fp8_attention(*call.tensors, kv_len=apart, scale=call.scale)
+    assert_equal(found, expected)
+
+
+@each_implementation
 def test_no_lengths_mean_full_lengths(name, generator):
     call = draw_call(generator, length=37, lengths=(37, 37))
     with use(name, ROOM):
