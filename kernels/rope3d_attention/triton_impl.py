@@ -66,6 +66,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, L, N, D), written into ``out`` if given, and log-sum-exp (B, N, L)."""
     q, k, v = (_rows(x) for x in (q, k, v))
+    kv_len, q_len = (_adjacent(x) for x in (kv_len, q_len))
     result = out if out is not None and out.stride(-1) == 1 else q.new_empty(q.shape)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     tile = forward_tile(q.shape[-1], _arch(q), _aligned(q, k, v))
@@ -97,6 +98,7 @@ def backward(
     """Gradients like q, k and v."""
     dout, out, q, k, v = (_rows(x) for x in (dout, out, q, k, v))
     lse = lse.contiguous()
+    kv_len, q_len = (_adjacent(x) for x in (kv_len, q_len))
     if q_len is not None:
         # A row that has seen no key has no probabilities.
         lse = lse.masked_fill(lse.isneginf(), torch.inf)
@@ -120,6 +122,11 @@ def backward(
             **_constants(q, tile),
         )
     return dq, dk, dv
+
+
+def _adjacent(lengths: Tensor | None) -> Tensor | None:
+    """Lengths as the kernels read them, one behind the other."""
+    return None if lengths is None else lengths.contiguous()
 
 
 def _grid(x: Tensor, rows: int) -> tuple[int]:

@@ -147,6 +147,22 @@ def test_strides_do_not_matter(name, dtype, layout, generator):
         assert_close(result, wanted)
 
 
+@each_answer(torch.bfloat16)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_lengths_may_lie_apart(name, dtype, generator):
+    """As a column of a table, or one number for all samples."""
+    q, k, v, dout = draw(None, None, (2, 9, 23, 16), generator, dtype)
+    impl = implementations(ROOM)[name]
+    table = torch.tensor([[23, 7], [11, 7], [99, 99]]).mT[0, :2], torch.tensor(7).expand(2)
+    adjacent = [x.clone(memory_format=torch.contiguous_format) for x in table]
+    results = []
+    for kv_len, q_len in (table, adjacent):
+        out, lse = impl.forward(q, k, v, kv_len, 0.25, None, q_len)
+        results.append((out, lse, *impl.backward(dout, out, lse, q, k, v, kv_len, 0.25, q_len)))
+    for result, wanted in zip(*results, strict=True):
+        assert_equal(result, wanted)
+
+
 @each_answer(*SINGLE_AND_HALF)
 def test_out_may_be_a_view_beside_other_results(name, dtype, generator):
     q, k, v, _ = draw(None, None, (2, 19, 7, 8), generator, dtype)
