@@ -21,7 +21,7 @@ demo:
 
 test:
 	@$(PYTHON) scripts/bootstrap.py --extra dev
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint:
 	@$(PYTHON) scripts/bootstrap.py --extra dev
