@@ -75,16 +75,16 @@ def test_version_and_no_words(cli) -> None:
 def test_train_passes_the_recipe_on(cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from hunyuan_fast.trainer import nano
 
-    def train(recipe, out, *, resume, progress):
+    def train(recipe, out, *, resume, layout, progress):
         progress("dit", 5, 10, {"loss": 0.25})
-        print(recipe.seed, recipe.dit_clip_steps, out, resume)
+        print(recipe.seed, recipe.dit_clip_steps, out, resume, layout.is_single)
         return out / "model"
 
     monkeypatch.setattr(nano, "train", train)
     words = ("--seed", 3, "--dit-clip-steps", 7, "--out", "runs/x", "--resume")
     done = cli("train", "nano", *words)
     assert done.status == 0, done.err
-    assert done.out.split() == ["3", "7", "runs/x", "True", "runs/x/model"]
+    assert done.out.split() == ["3", "7", "runs/x", "True", "True", "runs/x/model"]
     assert "dit" in done.err
     assert cli("train", "nano", "--dit-clip-steps", "many").status == 2
 

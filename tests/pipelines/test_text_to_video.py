@@ -232,7 +232,9 @@ def test_large_clip_is_decoded_in_official_tiles(
 ) -> None:
     used = []
     decode = pipe.vae.decode
-    monkeypatch.setattr(pipe.vae, "decode", lambda z: used.append(pipe.vae.tiling) or decode(z))
+    monkeypatch.setattr(
+        pipe.vae, "decode", lambda z, **_: used.append(pipe.vae.tiling) or decode(z)
+    )
     for size in ({"height": 256}, {"height": 272}, {"width": 272}, {"num_frames": 69}):
         pipe("a star", num_inference_steps=1, **{"height": 16, "width": 16, **size})
         assert pipe.vae.tiling is None
@@ -281,7 +283,7 @@ def test_non_finite_text_and_video_are_named(
 ) -> None:
     decode = pipe.vae.decode
     with monkeypatch.context() as patch:
-        patch.setattr(pipe.vae, "decode", lambda z: decode(z) * float("nan"))
+        patch.setattr(pipe.vae, "decode", lambda z, **_: decode(z) * float("nan"))
         with pytest.raises(FloatingPointError, match="the decoded video 0 holds nan"):
             pipe("a star", num_inference_steps=1)
     encode = pipe.text_encoder_2.encode
