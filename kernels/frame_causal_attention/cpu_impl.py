@@ -8,7 +8,7 @@ each frame.
 import torch
 from torch import Tensor
 
-from hunyuan_fast.kernels.frame_causal_attention.library_impl import frames
+from hunyuan_fast.kernels.frame_causal_attention.library_impl import frames, gradients_by_frame
 from hunyuan_fast.kernels.rope3d_attention import cpu_impl as joint
 
 VERIFIED_ON = frozenset({"cpu"})
@@ -66,17 +66,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their shapes."""
     dout, out, q, k, v = (_rows(x) for x in (dout, out, q, k, v))
-    dq = torch.empty(q.shape, dtype=q.dtype)
-    dk, dv = (torch.zeros(x.shape) for x in (k, v))
     asking = _asking(q, tokens_per_frame, query_tokens)
-    for rows, visible in frames(q, k, tokens_per_frame, query_tokens):
-        of_queries = dout[:, rows], out[:, rows], lse[:, :, rows], q[:, rows]
-        dq[:, rows], key_share, value_share = joint.backward(
-            *of_queries, k[:, :visible], v[:, :visible], None, scale, asking
-        )
-        dk[:, :visible] += key_share
-        dv[:, :visible] += value_share
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+    def run(*of_frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return joint.backward(*of_frame, None, scale, asking)
+
+    return gradients_by_frame(run, (dout, out, lse), (q, k, v), tokens_per_frame, query_tokens)
 
 
 def _asking(q: Tensor, tokens_per_frame: int, query_tokens: int | None) -> Tensor:

@@ -5,6 +5,9 @@ Both return the log-sum-exp that their backward reads, so nothing else is kept. 
 keys and values are sums over frames, added up in fp32; the kernels round the share of each frame.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -79,14 +82,31 @@ def backward(
     run = _backward_cpu if q.device.type == "cpu" else _backward_cuda
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
+    return gradients_by_frame(
+        partial(run, scale=scale), (dout, out, lse), (q, k, v), tokens_per_frame, query_tokens
+    )
+
+
+def gradients_by_frame(
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    results: tuple[Tensor, Tensor, Tensor],
+    heads: tuple[Tensor, Tensor, Tensor],
+    tokens_per_frame: int,
+    query_tokens: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; those of keys and values are sums over frames.
+
+    run: ``run(dout, out, lse, q, k, v)``, gradients of one frame's queries, and of what they see
+    results, heads: dout, out and lse; q, k and v
+    """
+    dout, out, lse = results
+    q, k, v = heads
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     dq = q.new_empty(q.shape)
     dk, dv = (x.new_zeros(x.shape, dtype=accumulate) for x in (k, v))
     for rows, visible in frames(q, k, tokens_per_frame, query_tokens):
         of_queries = dout[:, rows], out[:, rows], lse[:, :, rows], q[:, rows]
-        dq[:, rows], key_share, value_share = run(
-            *of_queries, k[:, :visible], v[:, :visible], scale
-        )
+        dq[:, rows], key_share, value_share = run(*of_queries, k[:, :visible], v[:, :visible])
         dk[:, :visible] += key_share
         dv[:, :visible] += value_share
     return dq, dk.to(k.dtype), dv.to(v.dtype)
