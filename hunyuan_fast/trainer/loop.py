@@ -81,7 +81,13 @@ def hash_seed(*parts: int | str) -> int:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Deterministic kernels within the block; the setting found comes back afterwards."""
+    """Deterministic kernels within the block; the setting found comes back afterwards.
+
+    cuBLAS is deterministic only with workspaces of a fixed size, which the environment names before
+    the first product of the process: those of its documentation, unless there are others.
+    """
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     settings: Any = torch.utils.deterministic
     fill = settings.fill_uninitialized_memory

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from hunyuan_fast.trainer.loop import LoopConfig, TrainingError, fit, hash_seed, step_generator
+from hunyuan_fast.trainer.loop import (
+    LoopConfig,
+    TrainingError,
+    deterministic,
+    fit,
+    hash_seed,
+    step_generator,
+)
 from hunyuan_fast.trainer.optim import OptimConfig
 
 STEPS = 12
@@ -143,3 +150,14 @@ def test_seeds_depend_on_every_part():
     seeds = {hash_seed(a, b, c) for a in (0, 1) for b in ("x", "y") for c in (0, 1)}
     assert len(seeds) == 8
     assert hash_seed(0, "x", 0) == 93338541736315554  # the same on every machine
+
+
+@pytest.mark.parametrize("given", [None, ":16:8"])
+def test_products_on_a_gpu_have_workspaces_of_fixed_size(given, monkeypatch):
+    """Without them cuBLAS refuses every product of a deterministic run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given or "")
+    if given is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with deterministic():
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (given or ":4096:8")
