@@ -222,11 +222,11 @@ def _add_to_dk_dv(
     # Where no query is, no probability either.
     lse = _row(lse_row, start, end, float("inf"), QUERIES, TAIL)
     p = tl.exp2(tl.dot(k, tl.trans(q)) * score_scale - (lse * LOG2_E)[None, :])
+    dv = tl.dot(p.to(dout.dtype), dout, dv)
     delta = _row(delta_row, start, end, 0.0, QUERIES, TAIL)
     # This product starts from -delta: a subtraction after it would keep 16 registers busy, which
     # Hopper does not have.
     ds = p * tl.dot(v, tl.trans(dout), tl.broadcast_to(-delta[None, :], p.shape))
-    dv = tl.dot(p.to(dout.dtype), dout, dv)
     return tl.dot(ds.to(q.dtype), q, dk), dv
 
 
