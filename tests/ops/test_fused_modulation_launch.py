@@ -235,7 +235,7 @@ def test_triton_kernels_compiled_ahead_are_lean():
     limits = {"forward_kernel": 64, "backward_kernel": 128, "reduce_kernel": 64}
     cases = specialisations()
     for case, report in zip(cases, compile_ahead(cases), strict=True):
-        # On Hopper the widest rows of both halves fit; elsewhere Triton 3.6 lays four numbers aside.
+        # On Hopper the widest rows of both halves fit; elsewhere Triton 3.6 lays four numbers by.
         wide = case.constants.get("E") == config.MAX_WIDTH and "gate_ptr" in case.signature
         report.assert_lean(
             max_registers=limits[report.kernel],
