@@ -79,7 +79,8 @@ def query_gradient_kernel(
     k_rows = source(k_head, keys, stride_kl, D, BLOCK_D, KEYS, TMA)
     v_rows = source(v_head, keys, stride_vl, D, BLOCK_D, KEYS, TMA)
     seen = tl.where(first < end, keys, 0)
-    whole = seen // KEYS * KEYS
+    # Of wide heads every tile is masked: the sums of two loops are more than the registers hold.
+    whole = seen // KEYS * KEYS if BLOCK_D <= 128 else 0
     score_scale = scale * LOG2_E
 
     dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
@@ -222,11 +223,11 @@ def _add_to_dk_dv(
     # Where no query is, no probability either.
     lse = _row(lse_row, start, end, float("inf"), QUERIES, TAIL)
     p = tl.exp2(tl.dot(k, tl.trans(q)) * score_scale - (lse * LOG2_E)[None, :])
+    dv = tl.dot(p.to(dout.dtype), dout, dv)
     delta = _row(delta_row, start, end, 0.0, QUERIES, TAIL)
     # This product starts from -delta: a subtraction after it would keep 16 registers busy, which
     # Hopper does not have.
     ds = p * tl.dot(v, tl.trans(dout), tl.broadcast_to(-delta[None, :], p.shape))
-    dv = tl.dot(p.to(dout.dtype), dout, dv)
     return tl.dot(ds.to(q.dtype), q, dk), dv
 
 

@@ -53,6 +53,7 @@ def install() -> None:
     _refuse_small_reductions()
     _undefine_masked_lanes()
     _guard_addresses()
+    _count_with_scalars()
     _Builder.hunyuan_fast_installed = True
 
 
@@ -192,6 +193,17 @@ def _undefine_masked_lanes() -> None:
         return masked_load(self, ptrs, mask, other, *options, **named)
 
     _Builder.create_masked_load = repaired_masked_load
+
+
+def _count_with_scalars() -> None:
+    """Scalars as bounds of loops, which Triton 3.6 keeps in arrays of one: NumPy 2.5 takes none."""
+    patch_tensor = triton_interpreter._patch_lang_tensor
+
+    def repaired_patch_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    triton_interpreter._patch_lang_tensor = repaired_patch_tensor
 
 
 class _Guard:

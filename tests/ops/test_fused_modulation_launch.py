@@ -233,8 +233,15 @@ def test_triton_kernels_compiled_ahead_are_lean():
     # Registers per thread: what leaves two programs per multiprocessor at the model's width, one
     # of 16 warps where backward has both halves.
     limits = {"forward_kernel": 64, "backward_kernel": 128, "reduce_kernel": 64}
-    for report in compile_ahead(specialisations()):
-        report.assert_lean(max_registers=limits[report.kernel], min_access_bits=128)
+    cases = specialisations()
+    for case, report in zip(cases, compile_ahead(cases), strict=True):
+        # On Hopper the widest rows of both halves fit; elsewhere Triton 3.6 lays four numbers by.
+        wide = case.constants.get("E") == config.MAX_WIDTH and "gate_ptr" in case.signature
+        report.assert_lean(
+            max_registers=limits[report.kernel],
+            min_access_bits=128,
+            max_spills=12 if wide and report.arch != 90 else None,
+        )
         # Rows move in wide accesses only; narrow are mean, rstd, values of an index, final sums.
         narrow = sum(count for bits, count in report.global_accesses.items() if bits < 128)
         assert narrow <= 4, report
