@@ -106,6 +106,21 @@ def check_videos(layout: Layout, num_heads: int, num_videos: int) -> None:
         )
 
 
+def check_attention(layout: Layout, given: str) -> None:
+    """Refuse a layout with a ring for attention that only whole sequences have.
+
+    given: the option that asks for it
+
+    Raises:
+        UsageError: there is a ring.
+    """
+    if layout.ring > 1:
+        raise UsageError(
+            f"{given} takes --ulysses {layout.cp}, as many processes as --cp, got "
+            f"{layout.ulysses or 1}: who exchanges heads has whole sequences, a ring has not"
+        )
+
+
 def in_flags(message: str) -> str:
     """An error of a layout in the words of the command line."""
     head, must, rest = message.partition(" must ")

@@ -18,8 +18,8 @@ def split_sizes(length: int, parts: int) -> tuple[int, ...]:
         raise ValueError(f"length must be at least 0, got {length}")
     if parts < 1:
         raise ValueError(f"parts must be at least 1, got {parts}")
-    each, longer = divmod(length, parts)
-    return (each + 1,) * longer + (each,) * (parts - longer)
+    # each by itself: a compiler that has the length as a symbol gets sizes for all lengths
+    return tuple((length + parts - 1 - index) // parts for index in range(parts))
 
 
 def starts(sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -67,16 +67,15 @@ class JointAttention(nn.Module):
         kv_len: Tensor | SharedTokens,
         out: Tensor | None = None,
     ) -> Tensor:
-        if isinstance(kv_len, SharedTokens):
-            check_shareable(self.precision, self.pattern)
-            attended = kv_len.attend(q, k, v)
-            return attended if out is None else out.copy_(attended)
-        if self.precision == "fp8":
-            return fp8_attention(q, k, v, kv_len=kv_len, out=out)
-        pattern = self.pattern
+        pattern, fp8 = self.pattern, self.precision == "fp8"
         if pattern is not None and self.windows is not None:
             windows = self.windows.expand(q.shape[2], 3)
             pattern = SlidingTiles(pattern.grid, pattern.tile, windows)
+        if isinstance(kv_len, SharedTokens):
+            attended = kv_len.attend(q, k, v, fp8=fp8, pattern=pattern)
+            return attended if out is None else out.copy_(attended)
+        if fp8:
+            return fp8_attention(q, k, v, kv_len=kv_len, out=out)
         return _attended(q, k, v, kv_len, out, pattern)
 
     def of_packed(
@@ -150,23 +149,6 @@ def check_precision(precision: str) -> str:
         choices = " or ".join(repr(name) for name in PRECISIONS)
         raise ValueError(f"attention precision must be {choices}, got {precision!r}")
     return precision
-
-
-def check_shareable(precision: str | None, pattern: object) -> None:
-    """Raise ValueError for attention that several processes with one video do not have.
-
-    ``None`` is for no choice.
-    """
-    if precision not in (None, "same"):
-        raise ValueError(
-            "attention precision must be 'same' where processes share the tokens of a video "
-            f"(cp > 1), got {precision!r}"
-        )
-    if pattern is not None and pattern != "dense":
-        raise ValueError(
-            "attention must be 'dense', without windows, where processes share the tokens of a "
-            "video (cp > 1)"
-        )
 
 
 def _attended(

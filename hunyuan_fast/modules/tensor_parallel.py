@@ -18,18 +18,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from hunyuan_fast.distributed.collectives import (
-    all_reduce,
-    gather,
-    rank_in,
-    reduce_scatter,
-    shared,
-    size_of,
-    split,
-)
+from hunyuan_fast.distributed.collectives import rank_in, size_of
 from hunyuan_fast.distributed.cuts import Cut
 from hunyuan_fast.distributed.shards import split_sizes
 from hunyuan_fast.modules.fp8 import Fp8Linear
+from hunyuan_fast.ops.collectives import all_reduce, gather, reduce_scatter, shared, split
 
 Stream = Literal["video", "text", "joint"]
 

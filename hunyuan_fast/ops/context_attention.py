@@ -1,22 +1,30 @@
 """Attention over tokens that lie on several processes: by exchanged heads, and with a ring around.
 
 After an exchange each process has some of the heads, for the tokens of all; attention is then that
-of one process. A ring takes any number of processes, an exchange as many as there are heads. Their
-product has the messages of a short ring, and exchanges between neighbours.
+of one process, over e4m3 codes and with a pattern too. A ring takes any number of processes, an
+exchange as many as there are heads. Their product has the messages of a short ring, and exchanges
+between neighbours.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from hunyuan_fast.distributed.collectives import all_to_all, rank_in, size_of
-from hunyuan_fast.distributed.shards import TokenShards, split_sizes
+from hunyuan_fast.distributed.collectives import rank_in, size_of
+from hunyuan_fast.distributed.shards import TokenShards
 from hunyuan_fast.ops.attention_checks import check_kv_len_of_all, check_tensors
+from hunyuan_fast.ops.fp8_attention import fp8_attention
+from hunyuan_fast.ops.head_exchange import HeadExchange
 from hunyuan_fast.ops.ring_attention import ring_attention
+from hunyuan_fast.ops.rope3d_attention import attention
+from hunyuan_fast.ops.sliding_tile_attention import SlidingTiles
+
+_BY_HEADS = "let all processes of cp exchange heads, which keeps sequences whole: ulysses = cp"
 
 
 def ulysses_attention(
@@ -28,6 +36,8 @@ def ulysses_attention(
     kv_len: Tensor,
     scale: float | None = None,
     group: ProcessGroup | None,
+    fp8: bool = False,
+    pattern: SlidingTiles | None = None,
 ) -> Tensor:
     """Attention of the queries of this process over the valid keys of all, head by head.
 
@@ -35,13 +45,14 @@ def ulysses_attention(
     shards: which tokens lie where
     kv_len: (ranks, B), valid tokens of each process and sample: ``shards.kv_len``
     group: at most N processes; heads are dealt out in about equal parts
+    fp8: over e4m3 codes, as ``fp8_attention``; inference only
+    pattern: who sees whom, of all tokens and all N heads, as for ``attention``
 
     Returns (B, L, N, D), zero from the valid tokens on. Raises TypeError or ValueError where
     arguments do not fit.
     """
-    return usp_attention(
-        q, k, v, shards=shards, kv_len=kv_len, scale=scale, ulysses=group, ring=None
-    )
+    given: dict[str, Any] = {"shards": shards, "kv_len": kv_len, "scale": scale}
+    return usp_attention(q, k, v, **given, ulysses=group, ring=None, fp8=fp8, pattern=pattern)
 
 
 def usp_attention(
@@ -54,27 +65,31 @@ def usp_attention(
     scale: float | None = None,
     ulysses: ProcessGroup | None,
     ring: ProcessGroup | None,
+    fp8: bool = False,
+    pattern: SlidingTiles | None = None,
 ) -> Tensor:
     """The same with exchanges of heads inside, and rings across the groups that exchange.
 
     The processes are numbered ring index * size of ulysses + ulysses index; shards and kv_len are
-    of all of them.
+    of all of them. With fp8 or a pattern there must be no ring.
     """
     check_tensors(q, k, v)
     together, rings = size_of(ulysses), size_of(ring)
     _check_shards(q, shards, kv_len, together * rings, rank_in(ring) * together + rank_in(ulysses))
-    around = shards.merged(together)
-    valid = kv_len.unflatten(0, (rings, together)).sum(1, dtype=torch.int32)
+    if ring is not None:
+        check_ring("fp8" if fp8 else "same", pattern)
+    if fp8 and pattern is not None:
+        raise ValueError(f"pattern must be None with fp8, which has none, got {pattern}")
+    options: dict[str, Any] = {"scale": scale, "fp8": fp8, "ring": ring}
+    options["lengths"] = shards.merged(together).rows
+    options["kv_len"] = kv_len.unflatten(0, (rings, together)).sum(1, dtype=torch.int32)
     if ulysses is None:
-        attended = ring_attention(
-            q, k, v, kv_len=valid, lengths=around.rows, scale=scale, group=ring
-        )
-        assert isinstance(attended, Tensor), "the log-sum-exp was not asked for"
-        return attended
-    exchange = _Exchange.of(shards, q.shape[2], rank_in(ring), ulysses)
+        return _attended(q, k, v, pattern=pattern, **options)
+    exchange = HeadExchange.of(shards, q.shape[2], rank_in(ring), ulysses)
+    if pattern is not None:
+        pattern = pattern.of_heads(exchange.own_heads, q)
     heads = exchange.heads_for_tokens(torch.stack((q, k, v))).unbind(0)
-    attended = ring_attention(*heads, kv_len=valid, lengths=around.rows, scale=scale, group=ring)
-    assert isinstance(attended, Tensor), "the log-sum-exp was not asked for"
+    attended = _attended(*heads, pattern=pattern, **options)
     return exchange.tokens_for_heads(attended[None])[0]
 
 
@@ -92,7 +107,15 @@ class SharedTokens:
     ulysses: ProcessGroup | None
     ring: ProcessGroup | None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        fp8: bool = False,
+        pattern: SlidingTiles | None = None,
+    ) -> Tensor:
         """Attention of the queries here over the keys of all processes."""
         return usp_attention(
             *(q, k, v),
@@ -100,60 +123,50 @@ class SharedTokens:
             kv_len=self.kv_len,
             ulysses=self.ulysses,
             ring=self.ring,
+            fp8=fp8,
+            pattern=pattern,
         )
 
 
-@dataclass(frozen=True)
-class _Exchange:
-    """Who gets what when some processes exchange heads for tokens.
+def check_ring(precision: str | None, pattern: object) -> None:
+    """Raise ValueError for attention that there is not where tokens go round a ring.
 
-    shards: of these processes    heads: how many each one gets    rank: of this process
+    A rank sees the keys a part at a time there. Codes have no log-sum-exp to merge parts by, and
+    patterns are of whole sequences. ``None`` is for no choice.
     """
+    if precision not in (None, "same"):
+        raise ValueError(
+            "attention precision must be 'same' where tokens go round a ring (ulysses < cp), "
+            f"got {precision!r}; {_BY_HEADS}"
+        )
+    if pattern is not None and pattern != "dense":
+        raise ValueError(
+            "attention must be 'dense', without windows, where tokens go round a ring "
+            f"(ulysses < cp); {_BY_HEADS}"
+        )
 
-    shards: TokenShards
-    heads: tuple[int, ...]
-    rank: int
-    group: ProcessGroup
 
-    @classmethod
-    def of(
-        cls, shards: TokenShards, num_heads: int, ring_rank: int, group: ProcessGroup
-    ) -> _Exchange:
-        """That of the processes of ``group``, among all whose shards are given."""
-        ranks = group.size()
-        if ranks > num_heads:
-            raise ValueError(
-                f"ulysses must have at most as many processes as q has heads, {num_heads}, "
-                f"got {ranks}; let a ring be the rest"
-            )
-        here = slice(ring_rank * ranks, (ring_rank + 1) * ranks)
-        mine = replace(shards, video=shards.video[here], text=shards.text[here])
-        return cls(mine, split_sizes(num_heads, ranks), group.rank(), group)
-
-    def heads_for_tokens(self, x: Tensor) -> Tensor:
-        """From all heads of the tokens here, (K, B, L, N, D), to some heads of the tokens of all.
-
-        Video of all comes before text of all, so that valid rows are a prefix.
-        """
-        count, batch, _, _, dim = x.shape
-        own = self.heads[self.rank]
-        parts = x.split(self.heads, 3)
-        shapes = [(count, batch, rows, own, dim) for rows in self.shards.rows]
-        received = all_to_all(parts, shapes, self.group)
-        pairs = zip(received, self.shards.video, strict=True)
-        video, text = zip(*(rows.tensor_split((length,), 2) for rows, length in pairs), strict=True)
-        return torch.cat((*video, *text), 2)
-
-    def tokens_for_heads(self, x: Tensor) -> Tensor:
-        """Back: from some heads of the tokens of all to all heads of the tokens here."""
-        count, batch, _, _, dim = x.shape
-        videos, texts = self.shards.video, self.shards.text
-        cut = x.split((*videos, *texts), 2)
-        pairs = zip(cut[: len(videos)], cut[len(videos) :], strict=True)
-        parts = [torch.cat(pair, 2) for pair in pairs]
-        rows = self.shards.rows[self.rank]
-        shapes = [(count, batch, rows, heads, dim) for heads in self.heads]
-        return torch.cat(all_to_all(parts, shapes, self.group), 3)
+def _attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_len: Tensor,
+    lengths: tuple[int, ...],
+    scale: float | None,
+    ring: ProcessGroup | None,
+    fp8: bool,
+    pattern: SlidingTiles | None,
+) -> Tensor:
+    """Attention of some heads; without a ring a process has the sequence of each of them."""
+    if fp8:
+        return fp8_attention(q, k, v, kv_len=kv_len[0], scale=scale)
+    if pattern is not None:
+        attended = attention(q, k, v, kv_len=kv_len[0], scale=scale, pattern=pattern)
+    else:
+        attended = ring_attention(q, k, v, kv_len=kv_len, lengths=lengths, scale=scale, group=ring)
+    assert isinstance(attended, Tensor), "the log-sum-exp was not asked for"
+    return attended
 
 
 def _check_shards(q: Tensor, shards: TokenShards, kv_len: Tensor, ranks: int, rank: int) -> None:

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.profiler import record_function
 
 from hunyuan_fast.dispatch import select
-from hunyuan_fast.distributed.collectives import all_gather_parts
+from hunyuan_fast.distributed.collectives import all_gather_parts, group_named
 from hunyuan_fast.distributed.rotation import Transfer, rotate
 from hunyuan_fast.ops.attention_checks import (
     check_kv_len,
@@ -171,7 +170,7 @@ def _ring_kernel(
     scale: float,
     name: str,
 ) -> tuple[Tensor, Tensor]:
-    group = _group(name)
+    group = group_named(name)
     _check_all_lengths(kv_len, lengths)
     with torch.no_grad():
         return _forward_hops(q, k, v, _valid(q, kv_len, lengths), lengths, scale, group)
@@ -189,15 +188,10 @@ def _ring_backward_kernel(
     scale: float,
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    group = _group(name)
+    group = group_named(name)
     valid = _valid(q, kv_len, lengths)
     with torch.no_grad():
         return _backward_hops((dout, out, lse), (q, k, v), valid, lengths, scale, group)
-
-
-def _group(name: Any) -> ProcessGroup:
-    """Groups go by their names: those are what an operator, and a compiler, can be given."""
-    return _resolve_process_group(name)
 
 
 def _forward_hops(

@@ -45,6 +45,10 @@ class SlidingTiles:
             q, k, v, grid=self.grid, tile=self.tile, windows=self.windows, **options
         )
 
+    def of_heads(self, heads: slice, q: Tensor) -> "SlidingTiles":
+        """The same for some of the heads of q (B, L, N, D), on its device."""
+        return SlidingTiles(self.grid, self.tile, _read_windows(self.windows, q)[heads])
+
 
 def sliding_tile_attention(
     q: Tensor,

@@ -11,20 +11,37 @@ from torch import Tensor
 from hunyuan_fast.distributed.broadcast import from_first, tensor_from_first, to_first
 from hunyuan_fast.distributed.mesh import Layout
 from hunyuan_fast.distributed.traffic import count_traffic
+from hunyuan_fast.models.dit.windows import AttentionWindows
+from hunyuan_fast.pipelines import HunyuanVideoPipeline
 from tests.kit.pipeline import tiny_pipeline
 
 REQUEST = {"prompt": ["a red circle", "a blue star moving up"], "seed": 3}
 REQUEST |= {"height": 48, "width": 32, "num_frames": 5, "num_inference_steps": 2}
 
 
-def alone(**changes: Any) -> Tensor:
+def pipeline_with(attention: str) -> HunyuanVideoPipeline:
+    """A pipeline whose transformer attends "dense", with "windows", or over "fp8" codes."""
+    pipeline = tiny_pipeline()
+    transformer = pipeline.transformer
+    if attention == "fp8":
+        transformer.set_attention(precision="fp8")
+    elif attention == "windows":
+        blocks = dict.fromkeys(transformer.attention_blocks(), ((1, 2, 1), (2, 1, 1)))
+        windows = AttentionWindows(model="tiny", grid=(2, 3, 2), tile=(1, 1, 1), blocks=blocks)
+        transformer.set_attention(windows=windows)
+    return pipeline
+
+
+def alone(attention: str = "dense", **changes: Any) -> Tensor:
     """What one process makes."""
-    return tiny_pipeline()(**REQUEST | changes)
+    return pipeline_with(attention)(**REQUEST | changes)
 
 
-def together(layout: dict[str, Any], changes: list[dict[str, Any]]) -> dict[str, Any]:
+def together(
+    layout: dict[str, Any], changes: list[dict[str, Any]], attention: str = "dense"
+) -> dict[str, Any]:
     """What this rank gets, knows and sees of a call with its own changes of the request."""
-    pipeline = tiny_pipeline().parallelize(Layout(**layout))
+    pipeline = pipeline_with(attention).parallelize(Layout(**layout))
     seen: dict[str, Any] = {"calls": []}
 
     def look(module: Any, inputs: tuple[Tensor, ...], given: dict[str, Tensor]) -> None:

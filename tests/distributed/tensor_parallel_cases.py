@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from hunyuan_fast.distributed.collectives import all_reduce_sum, gather
+from hunyuan_fast.distributed.collectives import all_reduce_sum
 from hunyuan_fast.distributed.cuts import Cut
 from hunyuan_fast.distributed.mesh import Layout, build_mesh, group_of
 from hunyuan_fast.distributed.traffic import count_traffic
@@ -23,6 +23,7 @@ from hunyuan_fast.models.dit.tensor_parallel import parallelize_tensors
 from hunyuan_fast.models.dit.windows import AttentionWindows
 from hunyuan_fast.modules import tensor_parallel as layers
 from hunyuan_fast.modules.fp8 import quantize_linears
+from hunyuan_fast.ops.collectives import gather
 from tests.models.dit_cases import tiny_inputs, tiny_model
 
 # 12 heads for every number of ranks; the channels of the network divide by none of them.

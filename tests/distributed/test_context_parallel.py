@@ -118,7 +118,7 @@ def test_in_narrower_dtypes(ranks: RankPool, layout: str) -> None:
 
 
 def refused() -> list[str]:
-    """What a model whose tokens are shared says to what only one process can do."""
+    """What a model whose tokens go round a ring says to what only whole sequences have."""
     layout = Layout(cp=2)
     mesh, messages = build_mesh(layout, "cpu"), []
 
@@ -146,7 +146,8 @@ def refused() -> list[str]:
 
 def test_refusals(ranks: RankPool) -> None:
     for first, second, third, last in ranks.run(2, refused):
-        assert "attention precision must be 'same'" in first and "got 'fp8'" in first
+        assert "attention precision must be 'same' where tokens go round a ring" in first
+        assert "got 'fp8'; let all processes of cp exchange heads" in first
         assert second == first
-        assert "attention must be 'dense', without windows" in third
+        assert "attention must be 'dense', without windows" in third and "ulysses = cp" in third
         assert "ulysses must be at most the 3 heads" in last

@@ -16,11 +16,15 @@ from hunyuan_fast.cli.parallel import ParallelOptions, named, read_layout
 from hunyuan_fast.data.video import read_metadata
 from hunyuan_fast.distributed.mesh import Layout
 from hunyuan_fast.distributed.verdict import DEATH
+from hunyuan_fast.models.dit.windows import AttentionWindows
 from hunyuan_fast.pipelines import HunyuanVideoPipeline
 from tests.kit import faulty_command
 
 ROOT = Path(__file__).parents[2]
+FP8 = ("generate", "x", "--attention-precision", "fp8")
+WINDOWS = ("generate", "x", "--attention-windows", "w.json")
 SIZE = ("--height", "32", "--width", "48", "--frames", "5", "--steps", "2")
+NANO_SIZE = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2}
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,29 @@ def test_the_video_of_one_process(tmp_path: Path) -> None:
     assert done.err.count("denoise ...") == 1 and "warning" not in done.err
     assert read_metadata(tmp_path / "out.mp4")["layout"] == "--cp 2"
     nano = HunyuanVideoPipeline.from_pretrained("nano")
-    size = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2}
-    alone = nano("a red circle", **size, output_type="latent")
+    alone = nano("a red circle", **NANO_SIZE, output_type="latent")
     latents = torch.load(tmp_path / "latents")
     assert float((latents - alone).abs().max()) <= 1e-4
+
+
+def test_windows_and_exchanged_heads(tmp_path: Path) -> None:
+    """The latents of one process with the same windows."""
+    nano = HunyuanVideoPipeline.from_pretrained("nano")
+    heads = nano.transformer.config.heads_num
+    some = tuple((1 + head % 2, 1, 1 + head) for head in range(heads))
+    blocks = dict.fromkeys(nano.transformer.attention_blocks(), some)
+    windows = AttentionWindows(model="nano", grid=(2, 2, 3), tile=(1, 1, 1), blocks=blocks)
+    windows.save(tmp_path / "w.json")
+    words = ("generate", "a red circle", *SIZE, "--attention-windows", "w.json", "-o", "out.mp4")
+    layout = ("--cp", "2", "--ulysses", "2")
+    done = torchrun(tmp_path, *words, *layout, LATENTS=str(tmp_path / "latents"))
+    assert done.status == 0, done.err
+    metadata = read_metadata(tmp_path / "out.mp4")
+    assert metadata["layout"] == "--cp 2 --ulysses 2"
+    assert metadata["attention-windows"] == "w.json"
+    nano.transformer.set_attention(windows=windows)
+    alone = nano("a red circle", **NANO_SIZE, output_type="latent")
+    assert float((torch.load(tmp_path / "latents") - alone).abs().max()) <= 1e-4
 
 
 @pytest.mark.parametrize(("fault", "said"), [("1 raise", "error: planted"), ("1 kill", DEATH)])
@@ -155,6 +178,8 @@ def test_too_few_videos_and_commands_of_one_process(
     for words, message in (
         (("generate", "x", "--dp", "2"), "--dp 2 deals out videos, and there is 1; make at least"),
         (("generate", "x", "--tp", "2", "--device", "cuda:1"), "--device must be cpu or cuda"),
+        ((*FP8, "--cp", "2"), "--attention-precision fp8 takes --ulysses 2, as many processes as"),
+        ((*WINDOWS, "--cp", "2"), "--attention-windows takes --ulysses 2, as many processes as"),
         (("doctor",), "doctor is the work of one process; start it without torchrun"),
     ):
         assert main(list(words)) == 2

@@ -12,6 +12,7 @@ from hunyuan_fast.cli.errors import UsageError
 from hunyuan_fast.cli.outputs import output_paths, tried
 from hunyuan_fast.cli.parallel import (
     ParallelOptions,
+    check_attention,
     check_videos,
     console_of_process,
     is_first,
@@ -173,8 +174,11 @@ def _read(options: Options, layout: "Layout") -> "tuple[Request, float, Attentio
                 "--attention-windows takes --attention-precision same alone, got "
                 f"{options.attention_precision}; leave one of them out"
             )
+        check_attention(layout, "--attention-windows")
         grid = token_grid(limits, request)
         windows = read_windows(options.attention_windows, options.model, grid)
+    elif options.attention_precision != "same":
+        check_attention(layout, f"--attention-precision {options.attention_precision}")
     return request, float(options.fps or limits.defaults.fps), windows
 
 

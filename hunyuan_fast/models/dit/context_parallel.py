@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from hunyuan_fast.distributed.collectives import gather, rank_in, size_of
+from hunyuan_fast.distributed.collectives import rank_in, size_of
 from hunyuan_fast.distributed.mesh import group_of
 from hunyuan_fast.distributed.shards import TokenShards, part
-from hunyuan_fast.modules.attention import JointAttention, check_shareable
-from hunyuan_fast.ops.context_attention import SharedTokens
+from hunyuan_fast.modules.attention import JointAttention
+from hunyuan_fast.ops.collectives import gather
+from hunyuan_fast.ops.context_attention import SharedTokens, check_ring
 
 if TYPE_CHECKING:
     from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
@@ -55,10 +56,7 @@ class HeldTokens:
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """The processes that share the tokens of a video: all of them, and as rings of neighbours.
-
-    Raises ValueError where attention was told to compute in a way that only one process can.
-    """
+    """The processes that share the tokens of a video: all of them, and as rings of neighbours."""
 
     everybody: ProcessGroup
     ulysses: ProcessGroup | None
@@ -67,6 +65,11 @@ class ContextParallel:
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextParallel:
         """The same: groups are not copied with a model."""
         return self
+
+    def check(self, precision: str | None, pattern: object) -> None:
+        """Raise ValueError for attention that these processes do not have; None: no choice."""
+        if self.ring is not None:
+            check_ring(precision, pattern)
 
     def hold(self, num_video: int, num_text: int, text_len: Tensor) -> HeldTokens:
         """What this process has of so many tokens, of which text_len (B,) are valid text."""
@@ -87,7 +90,7 @@ def parallelize_context(transformer: HunyuanVideoTransformer, mesh: DeviceMesh) 
     """Let the processes along "cp" of the mesh share the tokens of every call from now on.
 
     They must be given the same inputs, and return the same velocity. Raises ValueError where
-    attention is to compute with fp8 codes or windows, and for more exchanging processes than heads.
+    attention is to compute with fp8 codes or windows and there is a ring.
     """
     everybody = group_of(mesh, "cp")
     if everybody is None:
@@ -96,5 +99,5 @@ def parallelize_context(transformer: HunyuanVideoTransformer, mesh: DeviceMesh) 
     for name in transformer.attention_blocks():
         attention = transformer.get_submodule(f"{name}.attention")
         assert isinstance(attention, JointAttention)
-        check_shareable(attention.precision, attention.pattern)
+        context.check(attention.precision, attention.pattern)
     transformer.context = context

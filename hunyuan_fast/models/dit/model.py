@@ -14,7 +14,7 @@ from hunyuan_fast.models.dit.inputs import check_inputs, pack_text
 from hunyuan_fast.models.dit.refiner import TokenRefiner
 from hunyuan_fast.models.dit.windows import AttentionWindows
 from hunyuan_fast.models.weights import Pretrained
-from hunyuan_fast.modules.attention import JointAttention, check_shareable
+from hunyuan_fast.modules.attention import JointAttention
 from hunyuan_fast.modules.embedding import PatchEmbedding, TimestepEmbedder, unpatchify
 from hunyuan_fast.modules.mlp import EmbeddingMLP
 from hunyuan_fast.modules.rotary import rotary_tables
@@ -140,10 +140,10 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         windows: what every head of every block sees; the model then takes latents of their grid
             alone. "dense": everything
         Raises ValueError for a choice that does not exist, for windows of another model, and for
-        what processes that share the tokens of a video do not have.
+        what processes do not have whose tokens go round a ring.
         """
         if self.context is not None:
-            check_shareable(precision, windows)
+            self.context.check(precision, windows)
         names = self.attention_blocks()
         patterns: dict[str, SlidingTiles | Literal["dense"]] = {}
         if windows == "dense":

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from hunyuan_fast.distributed.collectives import rank_in, shared
+from hunyuan_fast.distributed.collectives import rank_in
 from hunyuan_fast.distributed.cuts import Cut
 from hunyuan_fast.distributed.mesh import Layout, group_of
 from hunyuan_fast.distributed.shards import part, split_sizes
@@ -27,6 +27,7 @@ from hunyuan_fast.modules.tensor_parallel import (
     column_parallel,
     row_parallel,
 )
+from hunyuan_fast.ops.collectives import shared
 
 _TOKENS: dict[str, Stream] = {"img": "video", "txt": "text"}
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from hunyuan_fast.distributed.collectives import gather
 from hunyuan_fast.models.vae.config import VAEConfig
+from hunyuan_fast.ops.collectives import gather
 
 # Pixels may leave [-1, 1] by this much, for roundings on the way.
 _TOLERANCE = 0.01

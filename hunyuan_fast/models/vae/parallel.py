@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from hunyuan_fast.distributed.collectives import gather
 from hunyuan_fast.distributed.halos import exchange_margins
 from hunyuan_fast.models.vae.chain import Chunk, Convolution, normed
 from hunyuan_fast.models.vae.config import VAEConfig
@@ -28,6 +27,7 @@ from hunyuan_fast.ops import (
     group_norm_stats,
     merge_group_norm_stats,
 )
+from hunyuan_fast.ops.collectives import gather
 
 _LAYOUT = torch.channels_last_3d
 

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hunyuan_fast.data.shapes.batches import caption, clip
-from hunyuan_fast.distributed.collectives import gather
 from hunyuan_fast.distributed.shards import part
 from hunyuan_fast.models.vae.model import HunyuanVideoVAE
+from hunyuan_fast.ops.collectives import gather
 from hunyuan_fast.trainer.team import Team
 
 

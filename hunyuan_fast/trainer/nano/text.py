@@ -8,9 +8,10 @@ from torch.distributed import ProcessGroup
 
 from hunyuan_fast.data.shapes.batches import caption
 from hunyuan_fast.data.shapes.caption import vocabulary
-from hunyuan_fast.distributed.collectives import gather, rank_in
+from hunyuan_fast.distributed.collectives import rank_in
 from hunyuan_fast.distributed.shards import part
 from hunyuan_fast.models.text.tokens import pad_right, token_ids
+from hunyuan_fast.ops.collectives import gather
 from hunyuan_fast.trainer.loop import hash_seed, step_generator
 from hunyuan_fast.trainer.nano.latents import LatentSet
 from hunyuan_fast.trainer.objectives import contrastive_loss, next_token_loss
