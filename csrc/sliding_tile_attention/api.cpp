@@ -124,7 +124,8 @@ int64_t bytes_host(TensorView const& q, TensorView const& windows, Sizes3 const&
     auto const sizes = sizes_of(q, grid, tile);
     auto const lengths = lengths_of(kv_len, sizes);
     Inputs p;
-    fill(p, sizes, q, q, q, lengths, 1);
+    p.sizes = sizes;
+    p.lengths = lengths.data();
     return backward_bytes(q.dtype, p, grid, tile, windows_of(windows, sizes), num_threads);
 }
 
