@@ -1,4 +1,4 @@
-// A chunk of keys against all queries of its head: dk and dv whole, and its part of dq.
+// A chunk of keys against the queries that see it: dk and dv whole, and its part of dq.
 #pragma once
 
 #include "rope3d_attention/cpu_forward.h"
@@ -90,23 +90,23 @@ inline Vec dots(T type, Tokens<T> const& a, Tokens<T> const& b, int64_t first) {
     return total + sum;
 }
 
-// What the chunks of a head share of a tile: sum(dout * out), which the first one finds, and the lower halves of dq.
+// What the chunks of a head share of its tokens: sum(dout * out), which the first one of a tile finds, and the lower
+// halves of dq.
 //
 // Until it is whole, dq is kept in the tensor itself. Where that has 16 bits, they are the upper ones of the sums in
 // fp32, and the lower ones lie here.
-template <class T>
 struct Shared {
     float* delta;
     uint16_t* lower;
 
-    Shared(float* memory, int64_t queries)
-        : delta(memory), lower(reinterpret_cast<uint16_t*>(memory + round_up(queries, 16))) {}
+    Shared(float* memory, int64_t tokens)
+        : delta(memory), lower(reinterpret_cast<uint16_t*>(memory + round_up(tokens, 16))) {}
 };
 
 template <class T>
-int64_t shared_floats(int64_t D, int64_t queries) {
+int64_t shared_floats(int64_t D, int64_t tokens) {
     bool const is_split = sizeof(typename T::Storage) == 2;
-    return round_up(queries, 16) + (is_split ? queries * round_up(D, kLanes) / 2 : 0);
+    return round_up(tokens, 16) + (is_split ? tokens * round_up(D, kLanes) / 2 : 0);
 }
 
 inline Vec unfinished(Float32 type, float const* dq, uint16_t const*, int64_t count) {
@@ -128,21 +128,20 @@ inline void keep(T, Vec sum, uint16_t* dq, uint16_t* lower, int64_t count) {
     std::memcpy(dq, &upper, size_t(count) * sizeof *dq);
 }
 
-// The memory of a chunk; `queries` at once.
+// The memory of a chunk; `queries` and `keys` at once.
 template <class T>
 struct BackwardRoom {
-    int64_t rows, keys, scores_row, words, columns;
-    float *k, *v, *k_depth, *q, *dout, *q_depth, *dout_depth, *scores, *gradients, *dq, *dk, *dv, *lse;
+    int64_t rows, scores_row, words, columns;
+    float *k, *v, *k_depth, *q, *dout, *q_depth, *dout_depth, *scores, *gradients, *dq, *dk, *dv, *lse, *delta;
 
-    BackwardRoom(Room& room, int64_t D, int64_t queries, int64_t count)
+    BackwardRoom(Room& room, int64_t D, int64_t queries, int64_t keys)
         : rows(round_up(queries, kRows)),
-          keys(round_up(count, kRows)),
           scores_row(round_up(keys, 2 * kLanes)),
           words(round_up(words_of<T>(D), kLanes)),
           columns(round_up(D, kLanes)),
           k(room.take(words * scores_row)),
           v(room.take(words * scores_row)),
-          k_depth(room.take(words_of<T>(count) * columns)),
+          k_depth(room.take(words_of<T>(keys) * columns)),
           q(room.take(rows * words)),
           dout(room.take(rows * words)),
           q_depth(room.take(words_of<T>(rows) * columns)),
@@ -150,9 +149,15 @@ struct BackwardRoom {
           scores(room.take(rows * scores_row)),
           gradients(room.take(rows * scores_row)),
           dq(room.take(rows * columns)),
-          dk(room.take(keys * columns)),
-          dv(room.take(keys * columns)),
-          lse(room.take(rows)) {}
+          dk(room.take(round_up(keys, kRows) * columns)),
+          dv(room.take(round_up(keys, kRows) * columns)),
+          lse(room.take(rows)),
+          delta(room.take(round_up(rows, kLanes))) {}
+
+    // From a segment of the keys on.
+    float* packed(float* of, Segment const& segment) const { return of + words * segment.at; }
+    float* depth(Segment const& segment) const { return k_depth + words_of<T>(segment.at) * columns; }
+    float* sums(float* of, Segment const& segment) const { return of + segment.at * columns; }
 };
 
 template <class T>
@@ -162,42 +167,74 @@ int64_t backward_room(int64_t D, int64_t queries, int64_t keys) {
     return room.taken();
 }
 
-// The queries of a tile of the head of the chunk, packed; returns what is known of them.
 template <class T>
-inline Rows pack_queries(BackwardParams const& p, Chunk const& chunk, int64_t first, int64_t count, float* delta,
-                         BackwardRoom<T> const& room) {
-    int64_t const D = p.sizes.D;
-    auto const q = tokens_of<T>(p.q, chunk.b, chunk.n, first, count, D);
-    auto const dout = tokens_of<T>(p.dout, chunk.b, chunk.n, first, count, D);
+inline void pack_keys(BackwardParams const& p, Chunk const& chunk, Segment const& segment,
+                      BackwardRoom<T> const& room) {
+    auto const k = tokens_of<T>(p.k, chunk.b, chunk.n, segment.keys, p.sizes.D);
+    pack_columns(k, room.packed(room.k, segment));
+    pack_depth(T{}, k, room.depth(segment));
+    pack_columns(tokens_of<T>(p.v, chunk.b, chunk.n, segment.keys, p.sizes.D), room.packed(room.v, segment));
+}
+
+// The queries of a tile, packed; returns what is known of them.
+template <class T>
+inline Rows pack_queries(BackwardParams const& p, Chunk const& chunk, Places const& queries, bool is_first,
+                         float* delta, BackwardRoom<T> const& room) {
+    int64_t const count = queries.count;
+    auto const q = tokens_of<T>(p.q, chunk.b, chunk.n, queries, p.sizes.D);
+    auto const dout = tokens_of<T>(p.dout, chunk.b, chunk.n, queries, p.sizes.D);
     pack_rows(q, room.rows, room.q);
     pack_rows(dout, room.rows, room.dout);
     pack_depth(T{}, q, room.q_depth);
     pack_depth(T{}, dout, room.dout_depth);
-    float const* const lse = p.lse + (chunk.b * p.sizes.N + chunk.n) * p.sizes.L + first;
-    for (int64_t i = 0; i < room.rows; ++i) room.lse[i] = i < count ? lse[i] : 0.0f;
+    float const* const lse = p.lse + (chunk.b * p.sizes.N + chunk.n) * p.sizes.L;
+    for (int64_t i = 0; i < room.rows; ++i) room.lse[i] = i < count ? lse[queries[i]] : 0.0f;
     // a row that has seen no key has no probabilities
     for (int64_t i = 0; i < count; ++i) {
-        if (lse[i] == -__builtin_inff()) room.lse[i] = __builtin_inff();
+        if (room.lse[i] == -__builtin_inff()) room.lse[i] = __builtin_inff();
     }
-    if (chunk.is_first) {
-        auto const out = tokens_of<T>(p.out, chunk.b, chunk.n, first, count, D);
-        for (int64_t i = 0; i < count; i += kLanes) store_as(delta + i, dots(T{}, dout, out, i));
+    if (is_first) {
+        auto const out = tokens_of<T>(p.out, chunk.b, chunk.n, queries, p.sizes.D);
+        for (int64_t i = 0; i < count; i += kLanes) store_as(room.delta + i, dots(T{}, dout, out, i));
+        for (int64_t i = 0; i < count; ++i) delta[queries[i]] = room.delta[i];
+    } else {
+        for (int64_t i = 0; i < room.rows; ++i) room.delta[i] = i < count ? delta[queries[i]] : 0.0f;
     }
-    return {room.lse, delta};
+    return {room.lse, room.delta};
+}
+
+// What a segment of the keys and a tile of `count` queries give each other: dk, dv and dq grow, or begin.
+template <class T>
+inline void add_products(BackwardParams const& p, Segment const& segment, int64_t count, Rows const& known,
+                         Before keys_before, Before queries_before, BackwardRoom<T> const& room) {
+    int64_t const D = p.sizes.D, words = words_of<T>(D), keys = segment.keys.count;
+    Panels const columns(keys), features(D);
+    multiply<T>({room.q, room.words, 1}, count, room.packed(room.k, segment), words, columns,
+                {room.scores, room.scores_row});
+    multiply<T>({room.dout, room.words, 1}, count, room.packed(room.v, segment), words, columns,
+                {room.gradients, room.scores_row});
+    Weights const weights = weigh(T{}, room.scores, room.gradients, room.scores_row, count, keys, p.scale, known);
+    multiply<T>(weights.for_dv, keys, room.dout_depth, words_of<T>(count), features,
+                {room.sums(room.dv, segment), room.columns, keys_before});
+    multiply<T>(weights.for_dk, keys, room.q_depth, words_of<T>(count), features,
+                {room.sums(room.dk, segment), room.columns, keys_before});
+    multiply<T>(weights.for_dq, count, room.depth(segment), words_of<T>(keys), features,
+                {room.dq, room.columns, queries_before});
 }
 
 // Adds the part of the chunk to dq of the tile, which is whole where the chunk is the last one.
 template <class T>
-inline void add_to_dq(BackwardParams const& p, Chunk const& chunk, int64_t first, int64_t count, Left const& weights,
-                      uint16_t* lower, BackwardRoom<T> const& room) {
+inline void add_to_dq(BackwardParams const& p, Chunk const& chunk, Places const& queries, bool is_first, bool is_last,
+                      uint16_t* lower_halves, BackwardRoom<T> const& room) {
     int64_t const D = p.sizes.D;
-    multiply<T>(weights, count, room.k_depth, words_of<T>(chunk.count), Panels(D), {room.dq, room.columns});
-    auto* dq = head_of<T>(p.dq, chunk.b, chunk.n, first);
-    for (int64_t i = 0; i < count; ++i, dq += p.dq.stride_l, lower += room.columns) {
+    auto const to = tokens_of<T>(p.dq, chunk.b, chunk.n, queries, D);
+    for (int64_t i = 0; i < queries.count; ++i) {
+        auto* const dq = to.row(i);
+        uint16_t* const lower = lower_halves + queries[i] * room.columns;
         for (int64_t d = 0; d < D; d += kLanes) {
             Vec sum = load_as<Vec>(room.dq + i * room.columns + d);
-            if (!chunk.is_first) sum += unfinished(T{}, dq + d, lower + d, D - d);
-            if (chunk.is_last) {
+            if (!is_first) sum += unfinished(T{}, dq + d, lower + d, D - d);
+            if (is_last) {
                 store_some(T{}, dq + d, sum * p.scale, D - d);
             } else {
                 keep(T{}, sum, dq + d, lower + d, D - d);
@@ -206,42 +243,53 @@ inline void add_to_dq(BackwardParams const& p, Chunk const& chunk, int64_t first
     }
 }
 
+// A tile of the queries that see these segments of the chunk; returns those that have begun.
+template <class T>
+inline uint32_t visit_tile(BackwardParams const& p, Chunk const& chunk, Visit const& visit, Places const& queries,
+                           uint32_t begun, BackwardRoom<T> const& room) {
+    Shared const shared(chunk.shared, chunk.layout->tokens);
+    bool const is_first = visit.turn == 0;
+    bool const is_last = visit.turn + 1 == chunk.layout->askers[size_t(visit.askers)].chunks;
+    Rows const known = pack_queries(p, chunk, queries, is_first, shared.delta, room);
+    Before before = Before::ignored;
+    for (uint32_t left = visit.segments; left; left &= left - 1) {
+        int const number = __builtin_ctz(left);
+        Before const keys_before = begun >> number & 1 ? Before::added : Before::ignored;
+        add_products(p, chunk.part->segments[size_t(number)], queries.count, known, keys_before, before, room);
+        before = Before::added;
+    }
+    add_to_dq(p, chunk, queries, is_first, is_last, shared.lower, room);
+    return begun | visit.segments;
+}
+
 template <class T>
 void backward(BackwardParams const& p, Chunk const& chunk, float* memory) {
-    int64_t const D = p.sizes.D, queries = p.queries[chunk.b], words = words_of<T>(D);
+    Layout const& layout = *chunk.layout;
+    int64_t const D = p.sizes.D, at_once = layout.queries_at_once;
     Room whole(memory);
-    BackwardRoom<T> const room(whole, D, chunk.queries_at_once, chunk.count);
-    auto const k = tokens_of<T>(p.k, chunk.b, chunk.n, chunk.first, chunk.count, D);
-    pack_columns(k, room.k);
-    pack_depth(T{}, k, room.k_depth);
-    pack_columns(tokens_of<T>(p.v, chunk.b, chunk.n, chunk.first, chunk.count, D), room.v);
-
-    Panels const keys(chunk.count), features(D);
-    for (int64_t tile = 0; tile * chunk.queries_at_once < queries; ++tile) {
-        int64_t const first = tile * chunk.queries_at_once;
-        int64_t const count = least(chunk.queries_at_once, queries - first);
-        if (chunk.before) wait_for(chunk.before, int32_t(tile + 1));
-        Shared<T> const shared(chunk.shared + tile * shared_floats<T>(D, room.rows), room.rows);
-        Rows const known = pack_queries(p, chunk, first, count, shared.delta, room);
-        multiply<T>({room.q, room.words, 1}, count, room.k, words, keys, {room.scores, room.scores_row});
-        multiply<T>({room.dout, room.words, 1}, count, room.v, words, keys, {room.gradients, room.scores_row});
-        Weights const weights = weigh(T{}, room.scores, room.gradients, room.scores_row, count, chunk.count,
-                                      p.scale, known);
-        Before const before = tile ? Before::added : Before::ignored;
-        multiply<T>(weights.for_dv, chunk.count, room.dout_depth, words_of<T>(count), features,
-                    {room.dv, room.columns, before});
-        multiply<T>(weights.for_dk, chunk.count, room.q_depth, words_of<T>(count), features,
-                    {room.dk, room.columns, before});
-        add_to_dq(p, chunk, first, count, weights.for_dq, shared.lower, room);
-        __atomic_store_n(chunk.left, int32_t(tile + 1), __ATOMIC_RELEASE);
+    BackwardRoom<T> const room(whole, D, at_once, layout.keys_at_once);
+    for (Segment const& segment : chunk.part->segments) pack_keys(p, chunk, segment, room);
+    uint32_t begun = 0;
+    for (Visit const& visit : chunk.part->visits) {
+        Askers const& askers = layout.askers[size_t(visit.askers)];
+        int64_t tile = askers.first_tile;
+        for (int64_t first = 0; first < askers.queries.count; first += at_once, ++tile) {
+            if (visit.turn) {
+                wait_for(chunk.left + tile, visit.turn);
+            } else if (chunk.before) {
+                wait_for(chunk.before + tile, askers.chunks);
+            }
+            Places const queries = askers.queries.part(first, least(at_once, askers.queries.count - first));
+            begun = visit_tile(p, chunk, visit, queries, begun, room);
+            __atomic_store_n(chunk.left + tile, visit.turn + 1, __ATOMIC_RELEASE);
+        }
     }
-    // which a head of fewer tiles has not seen for itself
-    if (chunk.before) wait_for(chunk.before, kAllTiles);
-    __atomic_store_n(chunk.left, kAllTiles, __ATOMIC_RELEASE);
-    write_rows(T{}, room.dv, room.columns, chunk.count, D, head_of<T>(p.dv, chunk.b, chunk.n, chunk.first),
-               p.dv.stride_l, [](int64_t) { return 1.0f; });
-    write_rows(T{}, room.dk, room.columns, chunk.count, D, head_of<T>(p.dk, chunk.b, chunk.n, chunk.first),
-               p.dk.stride_l, [&](int64_t) { return p.scale; });
+    for (Segment const& segment : chunk.part->segments) {
+        write_rows(T{}, room.sums(room.dv, segment), room.columns,
+                   tokens_of<T>(p.dv, chunk.b, chunk.n, segment.keys, D), [](int64_t) { return 1.0f; });
+        write_rows(T{}, room.sums(room.dk, segment), room.columns,
+                   tokens_of<T>(p.dk, chunk.b, chunk.n, segment.keys, D), [&](int64_t) { return p.scale; });
+    }
 }
 
 }  // namespace hunyuan_fast::rope3d_attention::HUNYUAN_FAST_ISA

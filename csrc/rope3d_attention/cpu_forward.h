@@ -106,13 +106,13 @@ inline void exponentiate(T type, float* scores, int64_t row, int64_t rows, int64
 template <class T>
 inline void finish(ForwardParams const& p, Block const& block, float* out, int64_t row, float scale,
                    Running const& running) {
-    float* const lse = p.lse + (block.b * p.sizes.N + block.n) * p.sizes.L + block.first;
-    for (int64_t i = 0; i < block.count; ++i) {
+    float* const lse = p.lse + (block.b * p.sizes.N + block.n) * p.sizes.L;
+    for (int64_t i = 0; i < block.queries.count; ++i) {
         double const sum = sum_lanes(load_as<Vec>(running.sums + i * kLanes));
-        lse[i] = float(double(running.highest[i]) * double(scale) + __builtin_log(sum));
+        lse[block.queries[i]] = float(double(running.highest[i]) * double(scale) + __builtin_log(sum));
         running.keep[i] = float(1 / sum);
     }
-    write_rows(T{}, out, row, block.count, p.sizes.D, head_of<T>(p.out, block.b, block.n, block.first), p.out.stride_l,
+    write_rows(T{}, out, row, tokens_of<T>(p.out, block.b, block.n, block.queries, p.sizes.D),
                [&](int64_t i) { return running.keep[i]; });
 }
 
@@ -196,12 +196,11 @@ inline void attend(Tokens<T> const& q, Tokens<T> const& k, Tokens<T> const& v, i
 
 template <class T>
 void forward(ForwardParams const& p, Block const& block, float* memory) {
-    int64_t const D = p.sizes.D, keys = p.lengths[block.b];
+    int64_t const D = p.sizes.D;
     Room whole(memory);
-    ForwardRoom<T> const room(whole, D, block.count, block.keys_at_once);
-    attend(tokens_of<T>(p.q, block.b, block.n, block.first, block.count, D),
-           tokens_of<T>(p.k, block.b, block.n, 0, keys, D), tokens_of<T>(p.v, block.b, block.n, 0, keys, D),
-           block.keys_at_once, p.scale, room);
+    ForwardRoom<T> const room(whole, D, block.queries.count, block.keys_at_once);
+    attend(tokens_of<T>(p.q, block.b, block.n, block.queries, D), tokens_of<T>(p.k, block.b, block.n, block.keys, D),
+           tokens_of<T>(p.v, block.b, block.n, block.keys, D), block.keys_at_once, p.scale, room);
     finish<T>(p, block, room.out, room.columns, __builtin_fabsf(p.scale), room.running);
 }
 

@@ -1,6 +1,7 @@
 // Rows of tokens as the products read them: in floats, or in pairs of bfloat16 along the depth.
 #pragma once
 
+#include "rope3d_attention/cpu_layout.h"
 #include "rope3d_attention/cpu_product.h"
 #include "rope3d_attention/params.h"
 
@@ -9,13 +10,13 @@ namespace hunyuan_fast::rope3d_attention::HUNYUAN_FAST_ISA {
 // Tokens of one head: rows of D elements, `stride` apart; with `index` those of these numbers.
 template <class T>
 struct Tokens {
-    typename T::Storage const* data;
+    typename T::Storage* data;
     int64_t stride;
     int64_t count;
     int64_t D;
     int64_t const* index = nullptr;
 
-    typename T::Storage const* row(int64_t token) const { return data + (index ? index[token] : token) * stride; }
+    typename T::Storage* row(int64_t token) const { return data + (index ? index[token] : token) * stride; }
     Tokens part(int64_t first, int64_t size) const {
         return {index ? data : data + first * stride, stride, size, D, index ? index + first : nullptr};
     }
@@ -154,24 +155,21 @@ inline void pack_depth(BFloat16, Tokens<BFloat16> const& tokens, float* to) {
 }
 #endif
 
-// count rows of fp32 times a factor each, in the type of the tensor.
+// Rows of fp32 times a factor each, in the type of the tensor.
 template <class T, class Factor>
-inline void write_rows(T type, float const* from, int64_t from_stride, int64_t count, int64_t D,
-                       typename T::Storage* to, int64_t to_stride, Factor factor) {
-    for (int64_t i = 0; i < count; ++i, from += from_stride, to += to_stride) {
+inline void write_rows(T type, float const* from, int64_t stride, Tokens<T> const& to, Factor factor) {
+    for (int64_t i = 0; i < to.count; ++i, from += stride) {
         float const by = factor(i);
-        for (int64_t d = 0; d < D; d += kLanes) store_some(type, to + d, load_as<Vec>(from + d) * by, D - d);
+        auto* const row = to.row(i);
+        for (int64_t d = 0; d < to.D; d += kLanes) store_some(type, row + d, load_as<Vec>(from + d) * by, to.D - d);
     }
 }
 
 template <class T>
-inline typename T::Storage* head_of(Heads const& x, int64_t b, int64_t n, int64_t first) {
-    return static_cast<typename T::Storage*>(x.data) + b * x.stride_b + n * x.stride_n + first * x.stride_l;
-}
-
-template <class T>
-inline Tokens<T> tokens_of(Heads const& x, int64_t b, int64_t n, int64_t first, int64_t count, int64_t D) {
-    return {head_of<T>(x, b, n, first), x.stride_l, count, D};
+inline Tokens<T> tokens_of(Heads const& x, int64_t b, int64_t n, Places const& places, int64_t D) {
+    auto* const head = static_cast<typename T::Storage*>(x.data) + b * x.stride_b + n * x.stride_n;
+    if (places.index) return {head, x.stride_l, places.count, D, places.index};
+    return {head + places.first * x.stride_l, x.stride_l, places.count, D};
 }
 
 // Hands out the memory of a call; without any, counts what it would hand out.

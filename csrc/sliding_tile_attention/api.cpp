@@ -6,6 +6,7 @@
 
 #include "common/check.h"
 #include "common/registry.h"
+#include "common/streaming.h"
 #include "common/tensor_caster.h"
 #include "sliding_tile_attention/cpu.h"
 
@@ -58,36 +59,83 @@ std::vector<Sizes3> windows_of(TensorView const& windows, Sizes const& sizes) {
     return found;
 }
 
-void forward_host(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const& windows,
-                  Sizes3 const& grid, Sizes3 const& tile, TensorView const& kv_len, double scale,
-                  TensorView const& out, TensorView const& lse, int num_threads) {
+Sizes sizes_of(TensorView const& q, Sizes3 const& grid, Sizes3 const& tile) {
     HUNYUAN_CHECK(q.ndim == 4 && q.numel() > 0, "q must be (B, L, N, D), not empty, got ", q.shape());
     HUNYUAN_CHECK(q.dtype == DType::f32 || q.dtype == DType::f16 || q.dtype == DType::bf16,
                   "q must be float32, float16 or bfloat16, got ", name_of(q.dtype));
-    Sizes const sizes{q.size[0], q.size[1], q.size[2], q.size[3]};
     for (int axis = 0; axis < 3; ++axis) {
         HUNYUAN_CHECK(grid[axis] > 0 && tile[axis] > 0, "grid and tile must be positive along every axis");
     }
-    HUNYUAN_CHECK(grid[0] * grid[1] * grid[2] <= sizes.L, "grid must have at most L = ", sizes.L, " tokens");
-    auto const lengths = lengths_of(kv_len, sizes);
-    ForwardParams p;
+    HUNYUAN_CHECK(grid[0] * grid[1] * grid[2] <= q.size[1], "grid must have at most L = ", q.size[1], " tokens");
+    return {q.size[0], q.size[1], q.size[2], q.size[3]};
+}
+
+// Joint tokens: keys are those of the queries.
+void fill(Inputs& p, Sizes const& sizes, TensorView const& q, TensorView const& k, TensorView const& v,
+          std::vector<int64_t> const& lengths, double scale) {
     p.sizes = sizes;
+    p.keys = sizes.L;
     p.scale = float(scale);
-    p.lengths = lengths.data();
+    p.lengths = p.queries = lengths.data();
     p.q = heads(q, "q", q.dtype, sizes);
     p.k = heads(k, "k", q.dtype, sizes);
     p.v = heads(v, "v", q.dtype, sizes);
-    p.out = heads(out, "out", q.dtype, sizes);
+}
+
+float* sums(TensorView const& lse, Sizes const& sizes) {
     check(lse, "lse", DType::f32, {sizes.B, sizes.N, sizes.L});
     HUNYUAN_CHECK(lse.is_contiguous(), "lse must be contiguous");
-    p.lse = lse.as<float>();
+    return lse.as<float>();
+}
+
+void forward_host(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const& windows,
+                  Sizes3 const& grid, Sizes3 const& tile, TensorView const& kv_len, double scale,
+                  TensorView const& out, TensorView const& lse, int num_threads) {
+    auto const sizes = sizes_of(q, grid, tile);
+    auto const lengths = lengths_of(kv_len, sizes);
+    ForwardParams p;
+    fill(p, sizes, q, k, v, lengths, scale);
+    p.out = heads(out, "out", q.dtype, sizes);
+    p.lse = sums(lse, sizes);
     forward_cpu(q.dtype, p, grid, tile, windows_of(windows, sizes), num_threads);
+}
+
+void backward_host(TensorView const& dout, TensorView const& out, TensorView const& lse, TensorView const& q,
+                   TensorView const& k, TensorView const& v, TensorView const& windows, Sizes3 const& grid,
+                   Sizes3 const& tile, TensorView const& kv_len, double scale, TensorView const& dq,
+                   TensorView const& dk, TensorView const& dv, int num_threads) {
+    auto const sizes = sizes_of(q, grid, tile);
+    auto const lengths = lengths_of(kv_len, sizes);
+    BackwardParams p;
+    fill(p, sizes, q, k, v, lengths, scale);
+    p.dout = heads(dout, "dout", q.dtype, sizes);
+    p.out = heads(out, "out", q.dtype, sizes);
+    p.lse = sums(lse, sizes);
+    p.dq = heads(dq, "dq", q.dtype, sizes);
+    p.dk = heads(dk, "dk", q.dtype, sizes);
+    p.dv = heads(dv, "dv", q.dtype, sizes);
+    for (TensorView const* each : {&dq, &dk, &dv}) prefer_huge_pages(*each);
+    backward_cpu(q.dtype, p, grid, tile, windows_of(windows, sizes), num_threads);
+}
+
+// Bytes beside tensors that backward has while it runs.
+int64_t bytes_host(TensorView const& q, TensorView const& windows, Sizes3 const& grid, Sizes3 const& tile,
+                   TensorView const& kv_len, int num_threads) {
+    auto const sizes = sizes_of(q, grid, tile);
+    auto const lengths = lengths_of(kv_len, sizes);
+    Inputs p;
+    p.sizes = sizes;
+    p.lengths = lengths.data();
+    return backward_bytes(q.dtype, p, grid, tile, windows_of(windows, sizes), num_threads);
 }
 
 }  // namespace
 
 HUNYUAN_FAST_BIND(sliding_tile_attention, m) {
-    m.def("sliding_tile_attention_forward_cpu", &forward_host, py::call_guard<py::gil_scoped_release>());
+    using release_gil = py::call_guard<py::gil_scoped_release>;
+    m.def("sliding_tile_attention_forward_cpu", &forward_host, release_gil());
+    m.def("sliding_tile_attention_backward_cpu", &backward_host, release_gil());
+    m.def("sliding_tile_attention_bytes_cpu", &bytes_host);
 }
 
 }  // namespace hunyuan_fast::sliding_tile_attention

@@ -1,5 +1,7 @@
-// The CPU kernels of the instruction sets this build has, and who runs them.
+// Who runs the CPU kernels of attention over boxes of a grid.
 #pragma once
+
+#include <vector>
 
 #include "common/tensor_view.h"
 #include "rope3d_attention/cpu.h"
@@ -7,34 +9,18 @@
 
 namespace hunyuan_fast::sliding_tile_attention {
 
+using rope3d_attention::BackwardParams;
 using rope3d_attention::ForwardParams;
-using rope3d_attention::Tiles;
-
-// Some queries of a group in one head, and its keys, `keys_at_once` of them.
-struct Block {
-    int64_t b = 0;
-    int64_t n = 0;
-    int64_t const* queries = nullptr;
-    int64_t count = 0;
-    int64_t const* keys = nullptr;
-    int64_t num_keys = 0;
-    int64_t keys_at_once = 0;
-};
-
-// As of attention: most tokens at once, floats of memory for a block, and the block itself.
-struct CpuKernels {
-    Tiles (*tiles)(int64_t D);
-    int64_t (*room)(int64_t D, int64_t queries, int64_t keys);
-    void (*forward)(ForwardParams const&, Block const&, float* room);
-};
-
-CpuKernels const& avx512_bf16_kernels();
-CpuKernels const& avx512_kernels(DType dtype);
-CpuKernels const& avx2_kernels(DType dtype);
-CpuKernels const& plain_kernels(DType dtype);
+using rope3d_attention::Inputs;
 
 // windows: of each head.
 void forward_cpu(DType dtype, ForwardParams const& params, Sizes3 const& grid, Sizes3 const& tile,
                  std::vector<Sizes3> const& windows, int num_threads);
+void backward_cpu(DType dtype, BackwardParams const& params, Sizes3 const& grid, Sizes3 const& tile,
+                  std::vector<Sizes3> const& windows, int num_threads);
+
+// Bytes that backward has while it runs, beside tensors and the numbers of the tokens.
+int64_t backward_bytes(DType dtype, Inputs const& params, Sizes3 const& grid, Sizes3 const& tile,
+                       std::vector<Sizes3> const& windows, int num_threads);
 
 }  // namespace hunyuan_fast::sliding_tile_attention

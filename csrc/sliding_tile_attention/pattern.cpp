@@ -17,6 +17,16 @@ struct Span {
     Range seen;
 };
 
+// Tokens along an axis, and the first and the last of the spans that see them.
+struct SeenSpan {
+    Range own;
+    size_t first;
+    size_t last;
+};
+
+template <class AnySpan>
+using Axes = std::array<std::vector<AnySpan>, 3>;
+
 std::vector<Span> spans_of(int64_t size, int64_t tile, int64_t window) {
     int64_t const count = (size + tile - 1) / tile;
     window = std::clamp<int64_t>(window, 1, count);
@@ -29,6 +39,23 @@ std::vector<Span> spans_of(int64_t size, int64_t tile, int64_t window) {
                          {first * tile, std::min((first + window) * tile, size)}});
     }
     return spans;
+}
+
+// Tiles that the same spans see are one.
+std::vector<SeenSpan> seen_spans_of(int64_t size, int64_t tile, std::vector<Span> const& spans) {
+    std::vector<SeenSpan> found;
+    for (int64_t begin = 0; begin < size; begin += tile) {
+        size_t first = 0, last = spans.size() - 1;
+        while (spans[first].seen.after <= begin) ++first;
+        while (spans[last].seen.first > begin) --last;
+        int64_t const after = std::min(begin + tile, size);
+        if (!found.empty() && found.back().first == first && found.back().last == last) {
+            found.back().own.after = after;
+        } else {
+            found.push_back({{begin, after}, first, last});
+        }
+    }
+    return found;
 }
 
 void add_range(std::vector<int64_t>& rows, Range range, int64_t valid) {
@@ -46,31 +73,85 @@ std::vector<int64_t> rows_of(Range t, Range h, Range w, Sizes3 const& grid, int6
     return rows;
 }
 
+int64_t video_of(Sizes3 const& grid) { return grid[0] * grid[1] * grid[2]; }
+
+Axes<Span> axes_of(Sizes3 const& grid, Sizes3 const& tile, Sizes3 const& window) {
+    Axes<Span> axes;
+    for (size_t axis = 0; axis < 3; ++axis) axes[axis] = spans_of(grid[axis], tile[axis], window[axis]);
+    return axes;
+}
+
+template <class AnySpan, class Body>
+void for_boxes(Axes<AnySpan> const& axes, Body const& body) {
+    for (AnySpan const& t : axes[0]) {
+        for (AnySpan const& h : axes[1]) {
+            for (AnySpan const& w : axes[2]) body(t, h, w);
+        }
+    }
+}
+
+bool is_everything(Axes<Span> const& axes) { return axes[0].size() * axes[1].size() * axes[2].size() == 1; }
+
 }  // namespace
 
 std::vector<Group> groups_of(Sizes3 const& grid, Sizes3 const& tile, Sizes3 const& window, int64_t valid) {
-    int64_t const video = grid[0] * grid[1] * grid[2];
+    int64_t const video = video_of(grid);
     std::vector<int64_t> everything;
     add_range(everything, {0, valid}, valid);
-    std::array<std::vector<Span>, 3> axes;
-    for (int axis = 0; axis < 3; ++axis) axes[axis] = spans_of(grid[axis], tile[axis], window[axis]);
+    auto const axes = axes_of(grid, tile, window);
     std::vector<Group> groups;
-    if (axes[0].size() * axes[1].size() * axes[2].size() == 1) {
+    if (is_everything(axes)) {
         groups.push_back({everything, everything});
         return groups;
     }
     if (valid > video) groups.push_back({{everything.begin() + video, everything.end()}, everything});
-    for (Span const& t : axes[0]) {
-        for (Span const& h : axes[1]) {
-            for (Span const& w : axes[2]) {
-                Group group{rows_of(t.own, h.own, w.own, grid, valid), rows_of(t.seen, h.seen, w.seen, grid, valid)};
-                if (group.queries.empty()) continue;
-                add_range(group.keys, {video, valid}, valid);
-                groups.push_back(std::move(group));
-            }
-        }
-    }
+    for_boxes(axes, [&](Span const& t, Span const& h, Span const& w) {
+        Group group{rows_of(t.own, h.own, w.own, grid, valid), rows_of(t.seen, h.seen, w.seen, grid, valid)};
+        if (group.queries.empty()) return;
+        add_range(group.keys, {video, valid}, valid);
+        groups.push_back(std::move(group));
+    });
     return groups;
+}
+
+Transposed transposed(Sizes3 const& grid, Sizes3 const& tile, Sizes3 const& window, int64_t valid) {
+    int64_t const video = video_of(grid);
+    auto const axes = axes_of(grid, tile, window);
+    Transposed result;
+    std::vector<int64_t> text;
+    bool const whole = is_everything(axes);
+    add_range(text, {whole ? 0 : video, valid}, valid);
+    if (!text.empty()) result.queries.push_back(text);
+    auto const groups_of_text = int32_t(result.queries.size());
+    std::vector<int32_t> numbers;  // of the groups of all spans; -1 where none of their tokens is valid
+    if (!whole) {
+        for_boxes(axes, [&](Span const& t, Span const& h, Span const& w) {
+            auto rows = rows_of(t.own, h.own, w.own, grid, valid);
+            numbers.push_back(rows.empty() ? -1 : int32_t(result.queries.size()));
+            if (!rows.empty()) result.queries.push_back(std::move(rows));
+        });
+        Axes<SeenSpan> seen;
+        for (size_t axis = 0; axis < 3; ++axis) seen[axis] = seen_spans_of(grid[axis], tile[axis], axes[axis]);
+        for_boxes(seen, [&](SeenSpan const& t, SeenSpan const& h, SeenSpan const& w) {
+            SeenKeys found{rows_of(t.own, h.own, w.own, grid, valid), {}};
+            if (found.keys.empty()) return;
+            for (int32_t number = 0; number < groups_of_text; ++number) found.by.push_back(number);
+            for (size_t i = t.first; i <= t.last; ++i) {
+                for (size_t j = h.first; j <= h.last; ++j) {
+                    for (size_t l = w.first; l <= w.last; ++l) {
+                        int32_t const number = numbers[(i * axes[1].size() + j) * axes[2].size() + l];
+                        if (number >= 0) found.by.push_back(number);
+                    }
+                }
+            }
+            result.seen.push_back(std::move(found));
+        });
+    }
+    if (text.empty()) return result;
+    SeenKeys of_text{std::move(text), {}};
+    for (size_t number = 0; number < result.queries.size(); ++number) of_text.by.push_back(int32_t(number));
+    result.seen.push_back(std::move(of_text));
+    return result;
 }
 
 }  // namespace hunyuan_fast::sliding_tile_attention

@@ -1,19 +1,20 @@
-"""Sliding-tile attention by the C++ kernels of attention, forward: rows found by their numbers.
+"""Sliding-tile attention by the C++ kernels of attention: rows found by their numbers.
 
 Tokens that see the same are a group, which a block of queries takes part of; its keys are packed
 row by row in any case, so those of a box cost what adjacent ones do, and nothing is gathered
 before. A head that sees everything is one group, and computed as by ``rope3d_attention``. All
-blocks of all heads and samples share one parallel loop. Gradients are the library's.
+blocks of all heads and samples share one parallel loop.
+
+Backward a chunk of keys, of one or several groups that are seen by the same queries each, meets the
+queries that see it; the chunks add to dq in a fixed order, so that gradients are the same on any
+number of threads. All sums are fp32.
 """
 
 import torch
 from torch import Tensor
 
 from hunyuan_fast import _C
-from hunyuan_fast.kernels.sliding_tile_attention.library_impl import backward
 from hunyuan_fast.kernels.sliding_tile_attention.windows import Sizes
-
-__all__ = ["VERIFIED_ON", "backward", "forward", "prefers", "supports"]
 
 VERIFIED_ON = frozenset({"cpu"})
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,3 +69,31 @@ def forward(
     if out is None or out is result:
         return result, lse
     return out.copy_(result), lse
+
+
+def backward(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: Tensor,
+    grid: Sizes,
+    tile: Sizes,
+    kv_len: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each (B, L, N, D)."""
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
+    results = _rows(dout), _rows(out), lse.contiguous()
+    _C.sliding_tile_attention_backward_cpu(
+        *(*results, q, k, v, windows, grid, tile, kv_len, scale),
+        *(dq, dk, dv, torch.get_num_threads()),
+    )
+    return dq, dk, dv
+
+
+def _rows(t: Tensor) -> Tensor:
+    """The tensor with its last dimension contiguous; the other strides may be any."""
+    return t if t.stride(-1) == 1 else t.contiguous()

@@ -213,11 +213,8 @@ def emulation_of(name: str, call: Call) -> Callable[[Call], list[Tensor]]:
     if name == "reference":
         return Emulated(kernel=FlashAttention(round_probabilities=lambda p, _: p))
     # torch's CPU kernel keeps dk and dv in the dtype of the inputs between blocks of queries.
-    library = Emulated(kernel=FlashAttention(gradient_block=32), rounds_shares=True)
     if name == "library_impl":
-        return library
-    if name == "cpu_impl":  # the gradients are the library's
-        return lambda call: [Emulated()(call)[0], *library(call)[1:]]
+        return Emulated(kernel=FlashAttention(gradient_block=32), rounds_shares=True)
     return Emulated()
 
 
