@@ -48,8 +48,7 @@ _KINDS: dict[str, tuple[type[nn.Module], str, str, str]] = {
         *("HunyuanVideoSingleTransformerBlock", "single_transformer_blocks.0."),
     ),
 }
-# How much of the text a prompt fills, as most leave room.
-_FILLED = 5 / 8
+_FILLED = shapes.FILLED
 _QUICK_WIDTH, _QUICK_HEADS = 384, 3
 
 Streams = tuple[Tensor, Tensor]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 HIDDEN_SIZE, NUM_HEADS, HEAD_DIM = 3072, 24, 128
 ROPE_DIMS = (16, 56, 56)
 ROPE_THETA = 256.0
+# How much of the text a prompt fills, as most leave room.
+FILLED = 5 / 8
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Tokens:
     def joint(self) -> int:
         return self.video + self.text
 
+    @property
+    def filled(self) -> int:
+        """Text tokens that are no padding."""
+        return int(self.text * FILLED)
+
 
 def tokens(name: str, frames: int, height: int, width: int, text: int = 256) -> Tokens:
     """Tokens of a clip: the autoencoder takes 4 x 8 x 8 to one, patches 1 x 2 x 2."""
@@ -32,6 +39,7 @@ def tokens(name: str, frames: int, height: int, width: int, text: int = 256) -> 
 
 
 CLIP_720P_129 = tokens("720p-129f", 129, 720, 1280)
+CLIP_480P_65 = tokens("480p-65f", 65, 480, 848)
 # 33,024 tokens with the text
 CLIP_1024P_29 = tokens("1024p-29f", 29, 1024, 1024)
 CLIP_256P_65 = tokens("256p-65f", 65, 256, 256)
@@ -65,6 +73,8 @@ VAE_HEAD_DIM, NANO_VAE_HEAD_DIM = 512, 64
 
 # The embedded miniature: 96 x 96, 17 frames, short captions, heads of 64 features.
 NANO = tokens("nano", 17, 96, 96, text=32)
+# The text as long as its encoder pads it.
+NANO_PADDED = tokens("nano", 17, 96, 96, text=39)
 NANO_HIDDEN_SIZE, NANO_NUM_HEADS, NANO_HEAD_DIM = 192, 3, 64
 NANO_ROPE_DIMS = (16, 24, 24)
 

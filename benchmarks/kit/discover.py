@@ -24,6 +24,11 @@ WHOLES = {
         "tests/models/test_dit_checkpoint.py",
         "tests/models/test_dit_memory.py",
     ),
+    "transformer": (
+        "tests/models/test_dit.py",
+        "tests/models/test_dit_checkpoint.py",
+        "tests/samplers/test_euler.py",
+    ),
     "vae": (
         "tests/models/test_vae.py",
         "tests/models/test_vae_checkpoint.py",

@@ -20,6 +20,8 @@ COPY, MATMUL, CONV3D = "copy", "matmul", "conv3d"
 MEMORY, COMPUTE = "memory", "compute"
 # Large enough for the best rate, small enough for a round.
 _MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
+# A copy of more bytes is no faster, and takes the memory of those who are measured.
+_MOST_COPIED = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def floors(
 
 
 def _copy(num_bytes: int, device: torch.device, copies: int) -> Probe:
-    size = max(1, num_bytes // 2)
+    size = max(1, min(num_bytes, _MOST_COPIED) // 2)
     # Touched now: the first write to a fresh page is not what a copy costs.
     pairs = [
         [torch.zeros(size, dtype=torch.int8, device=device) for _ in range(2)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from benchmarks.kit import resident
 from benchmarks.kit.case import FORWARD, Case, Weighted
@@ -19,6 +20,7 @@ from benchmarks.kit.statistics import Spread, paired_ratio, spread
 
 # Contenders compute the same thing. This sees a different formula; how exact ours are is for the
 # tests to say.
+_PROBED = 20  # calls of a probe in a sample, beside contenders that are called once
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -37,11 +39,13 @@ class Trial:
     """What the first calls showed: distance from the reference, seconds of a warm call.
 
     peak_bytes: where it was asked for, the peak of memory during the first one
+    cosine: to the reference, where a result is another one by design
     """
 
     difference: float
     seconds: float
     peak_bytes: int | None = None
+    cosine: float | None = None
 
 
 def measure(op: str, case: Case, what: str, setting: Setting) -> Measurement:
@@ -71,7 +75,9 @@ def measure(op: str, case: Case, what: str, setting: Setting) -> Measurement:
         everything = {
             name: replace(entry, seconds=trials[name].seconds) for name, entry in everything.items()
         }
-    everything |= {name: probe.entry for name, probe in probes.items()}
+    # Where a contender is sampled once or twice, the floor is no single short call either.
+    calls = _PROBED if case.once else 1
+    everything |= {name: replace(probe.entry, calls=calls) for name, probe in probes.items()}
     samples = paired_samples(everything, setting.clock, setting.rounds)
     floor, bound = floors(probes, samples.seconds, work)
     rates = {name: p.amount / spread(samples.seconds[name]).median for name, p in probes.items()}
@@ -119,6 +125,7 @@ def timings(
             peak_mib=peaks[c.name],
             kept_mib=kept[c.name],
             difference=trials[c.name].difference,
+            cosine=trials[c.name].cosine,
         )
         for c in ready
     ]
@@ -140,6 +147,14 @@ def relative_difference(results: Sequence[Tensor], expected: Sequence[Tensor]) -
         relative = torch.where(scale > 0, difference / scale, difference)
         worst = torch.maximum(worst, relative.cpu())  # NaN stays NaN
     return float(worst)
+
+
+def least_cosine(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Cosine of the angle between a result and ``expected``, of the worst tensor."""
+    pairs = (
+        (a.float().flatten(), b.float().flatten()) for a, b in zip(results, expected, strict=True)
+    )
+    return min(float(cosine_similarity(a, b, dim=0)) for a, b in pairs)
 
 
 def _try_out(
@@ -211,10 +226,12 @@ def _try_one(
             result = [case.meaningful(each) for each in result]
         else:
             result = alike(contender.call, result)
-        difference = relative_difference(result, result if expected is None else expected)
-        if case.rounds is None or setting.device.type != "cpu":
+        truth = result if expected is None else expected
+        difference = relative_difference(result, truth)
+        cosine = None if contender.same else least_cosine(result, truth)
+        if case.rounds is None or (setting.device.type != "cpu" and not case.once):
             seconds.append(clock.sample(entry.run, 1))
-    return result, Trial(difference, seconds[-1], num_bytes)
+    return result, Trial(difference, seconds[-1], num_bytes, cosine)
 
 
 def _peak_mib(entry: Entry, clock: Clock, trial: Trial) -> float | None:

@@ -17,11 +17,13 @@ class Entry:
 
     context: entered around each sample, outside of the clock
     seconds: of one call, where known; it is not called once more to find out
+    calls: at least so many make a sample
     """
 
     run: Run
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     seconds: float | None = None
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def _calls_per_sample(entry: Entry, clock: Clock) -> int:
     if once is None:
         with entry.context():
             once = clock.sample(entry.run, 1)
-    return max(1, math.ceil(clock.min_sample_seconds / max(once, 1e-7)))
+    return max(entry.calls, math.ceil(clock.min_sample_seconds / max(once, 1e-7)))
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class Timing:
     of_floor: time of the floor over this one's, within each round
     difference: from the reference's result, relative, root mean square
     kept_mib: for calls with weights, what a call keeps for its backward pass, weights apart
+    cosine: to the reference's result, where it is another one by design
     """
 
     name: str
@@ -40,7 +41,9 @@ class Timing:
     of_floor: Spread
     peak_mib: float | None
     difference: float
-    kept_mib: float | None = None  # files from before it was counted lack it
+    # Files from before these were counted lack them.
+    kept_mib: float | None = None
+    cosine: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from benchmarks.kit.contenders import OURS
 from benchmarks.kit.discover import ROOT, WHOLES
 from benchmarks.kit.machine import is_shared
 from benchmarks.kit.record import Measurement, Result, Timing, loads
-from benchmarks.kit.table import distances, memory_columns, number, rates, title_of
+from benchmarks.kit.table import cosines, distances, memory_columns, number, rates, title_of
 
 PAGE = Path("docs/performance.md")
 _RESULTS = "benchmarks/results"
@@ -74,7 +74,7 @@ def _device_section(results: Mapping[str, Result]) -> str:
         if result.op in WHOLES:
             lines += _memory_table(result)
             for m in result.measurements:
-                told = [each for each in (rates(m), distances(m)) if each]
+                told = [each for each in (rates(m), distances(m), cosines(m)) if each]
                 lines += [f"- {title_of(m)}: {'; '.join(told)}."] if told else []
             lines.append("")
         for a in result.alternations:

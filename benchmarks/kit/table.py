@@ -20,7 +20,7 @@ def show(result: Result, console: Console) -> None:
     )
     for measurement in result.measurements:
         console.print(table_of(measurement))
-        for told in (rates(measurement), distances(measurement)):
+        for told in (rates(measurement), distances(measurement), cosines(measurement)):
             if told:
                 console.print(f"  {told}", style="dim", soft_wrap=True)
         for name, reason in measurement.declined.items():
@@ -112,6 +112,13 @@ def distances(m: Measurement) -> str | None:
     first = next((t.name for t in m.timings if t.difference == 0), "the first")
     noise = (f"{t.name} {-20 * math.log10(t.difference):.1f} dB" for t in others)
     return f"signal to noise against {first}: {', '.join(noise)}"
+
+
+def cosines(m: Measurement) -> str | None:
+    """How alike results are that are others by design."""
+    found = [f"{t.name} {t.cosine:.5f}" for t in m.timings if t.cosine is not None]
+    first = next((t.name for t in m.timings if t.difference == 0), "the first")
+    return f"cosine to {first}: {', '.join(found)}" if found else None
 
 
 def title_of(m: Measurement) -> str:

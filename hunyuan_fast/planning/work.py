@@ -209,6 +209,16 @@ class Job:
             return 3 * self.linear_flops + 3.5 * self.attention_flops
         return self.linear_flops + self.attention_flops
 
+    @property
+    def outside_flops(self) -> float:
+        """FLOPs outside of the blocks, as ``flops``: patches, and what every text token meets.
+
+        What one row meets, embeddings of the time and vectors of the modulation, is not counted.
+        """
+        forward = 2.0 * self.video_tokens * self.patch_parameters
+        forward += 2.0 * self.text_tokens * self.text_in_parameters
+        return 3 * forward if self.training else forward
+
     @cached_property
     def decode_flops(self) -> float:
         """FLOPs of the autoencoder's decoder for one video, whole, without tiles."""

@@ -105,6 +105,7 @@ class HunyuanVideoTransformer(Pretrained, nn.Module):
         for block in self.double_blocks:
             img, txt = self._run(block, img, txt, vec, rotary, held.valid)
         x = self.tokens.join(img, txt)
+        del img, txt  # as large as x, and nobody reads them again
         for block in self.single_blocks:
             x = self._run(block, x, vec, rotary, held.valid)
         x = self.tokens.whole(x)
