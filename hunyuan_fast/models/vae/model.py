@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from hunyuan_fast.distributed.collectives import size_of
-from hunyuan_fast.models.vae.blocks import Run
+from hunyuan_fast.models.vae.blocks import ResnetBlock, Run
 from hunyuan_fast.models.vae.budget import read_bytes
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.decoder import Decoder
@@ -213,8 +213,14 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
         return x.to(dtype).contiguous(memory_format=torch.channels_last_3d)
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
-        y: Tensor = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        y: Tensor
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            y = block(x)
+        elif isinstance(block, ResnetBlock) and not torch.compiler.is_compiling():
+            # in a checkpoint its last convolution would run again for nothing
+            y = block(x, again=True)
+        else:
+            y = checkpoint(block, x, use_reentrant=False)
         return y
 
     def _encode_tile(self, video: Tensor, run: Run | None = None) -> Tensor:
