@@ -75,7 +75,7 @@ def _measure(length: int, budget: str) -> int:
 
 
 def _planned(budget: str | None) -> tuple[list[int], list[float]]:
-    """Lengths at which the budget works, and planned peaks in GiB; None: as much as helps."""
+    """Lengths at which the budget works, and planned peaks in GiB; None: maps are whole."""
     lengths, peaks = [], []
     for length in _LENGTHS:
         if budget is None or _works(length, budget):
@@ -94,11 +94,10 @@ def _draw(points: dict[str, dict[str, int]]) -> None:
     lines = {_NONE: "#57606a", **_BUDGETS}
     for budget, color in lines.items():
         bound = None if budget == _NONE else budget
-        name = "any budget" if bound is None else budget
+        name = "no budget" if bound is None else budget
         axis.plot(*_planned(bound), color=color, label=f"planned, {name}", linewidth=1.5)
         measured = sorted((int(n), grown / _GIB) for n, grown in points.get(budget, {}).items())
         if measured:
-            name = "no budget" if bound is None else budget
             axis.plot(*zip(*measured, strict=True), "o", color=color, label=f"measured, {name}")
     least = [least_budget("decode", _CONFIG, _shape(n), torch.float32) / _GIB for n in _LENGTHS]
     axis.plot(_LENGTHS, least, color="black", linestyle=":", label="least budget")

@@ -37,7 +37,7 @@ class CausalConv3d(nn.Module):
         residual: what the result is added to, like it; at inference in the same pass.
         """
         if torch.is_grad_enabled():
-            y = self._with_gradients(x, norm)
+            y = self.as_recorded(x, norm)
             return y if residual is None else residual + y
         conv, scale, shift = self.conv, None, None
         if norm is not None:
@@ -55,7 +55,8 @@ class CausalConv3d(nn.Module):
             residual=residual,
         )
 
-    def _with_gradients(self, x: Tensor, norm: GroupNormSiLU | None) -> Tensor:
+    def as_recorded(self, x: Tensor, norm: GroupNormSiLU | None) -> Tensor:
+        """The bits that x and its norm give while gradients are recorded."""
         weights = self.conv.weight, self.conv.bias
         if norm is None:
             return causal_conv3d(x, *weights, stride=self.stride)

@@ -187,7 +187,7 @@ def test_reconstruct_within_a_budget(cli, model: Path) -> None:
     write_video("long.mp4", smooth_clip(17, 64, 96), 24)
     words = ("reconstruct", "long.mp4", "--model", model)
     whole = cli(*words, "--tiling", "none", "-o", "whole.mp4")
-    bound = cli(*words, "--memory-budget", "110MiB", "-o", "bound.mp4")
+    bound = cli(*words, "--memory-budget", "39MiB", "-o", "bound.mp4")
     assert whole.status == bound.status == 0, bound.err
     encode, decode = (
         next(line for line in bound.err.splitlines() if line.startswith(f"{half} 1 x"))
@@ -198,7 +198,18 @@ def test_reconstruct_within_a_budget(cli, model: Path) -> None:
     # a rounding may turn a byte, and the codec spread it
     assert psnr(read_video("bound.mp4")[0], read_video("whole.mp4")[0]) > 45
     metadata = read_metadata("bound.mp4")
-    assert metadata["memory-budget"] == "110MiB" and metadata["tiling"] == "none"
+    assert metadata["memory-budget"] == "39MiB" and metadata["tiling"] == "none"
+
+
+def test_reconstruct_within_a_budget_for_whole_maps(cli, model: Path) -> None:
+    """The bits of no budget."""
+    write_video("short.mp4", smooth_clip(5, 32, 48), 24)
+    words = ("reconstruct", "short.mp4", "--model", model)
+    whole = cli(*words, "--tiling", "none", "-o", "whole.mp4")
+    bound = cli(*words, "--memory-budget", "1GiB", "-o", "bound.mp4")
+    assert whole.status == bound.status == 0, bound.err
+    assert bound.err.count(", whole maps, as without a budget") == 2
+    assert torch.equal(read_video("bound.mp4")[0], read_video("whole.mp4")[0])
 
 
 def test_reconstruct_takes_a_vae_alone(cli, model: Path, tmp_path: Path) -> None:

@@ -86,7 +86,11 @@ def test_more_memory_never_means_more_arithmetic(planned):
     assert extras[-1] == pytest.approx(1)
     assert all(plan.peak <= plan.budget for plan in plans)
     assert plans[0].peak >= 0.9 * least
+    assert plans[-1].together == 1 and not plans[0].together
     for plan in plans:
+        if plan.together:
+            assert not plan.segments and plan.extra == 1
+            continue
         ends = [segment.stop for segment in plan.segments]
         starts = [segment.start for segment in plan.segments]
         assert starts == [0, *ends[:-1]] and ends[-1] == len(layers_of(REAL, half))
@@ -157,11 +161,26 @@ def test_half_precision_and_offload_need_less():
 
 
 def test_a_batch_is_planned_as_its_clips_and_one_result():
-    one = plan_decode(REAL, (1, 16, 5, 32, 32), torch.float32, 3 * GIB)
-    two = plan_decode(REAL, (2, 16, 5, 32, 32), torch.float32, 3 * GIB)
+    one = plan_decode(REAL, (1, 16, 5, 32, 32), torch.float32, 2 * GIB)
+    two = plan_decode(REAL, (2, 16, 5, 32, 32), torch.float32, 2 * GIB)
     assert two.flops == pytest.approx(2 * one.flops * two.extra / one.extra)
     assert two.result_shape == (2, 3, 17, 256, 256)
-    assert two.peak <= 3 * GIB
+    assert two.peak <= 2 * GIB
+
+
+@pytest.mark.parametrize("planned", [plan_decode, plan_encode])
+def test_the_plain_pass_is_taken_where_it_fits(planned):
+    shape = (3, 16, 5, 32, 32) if planned is plan_decode else (3, 3, 17, 256, 256)
+    at_once = planned(REAL, shape, torch.float32, 1 << 50)
+    assert at_once.together == 3 and at_once.extra == 1
+    assert str(at_once).endswith(" of 1048576.00GiB, whole maps, as without a budget")
+    assert planned(REAL, shape, torch.float32, at_once.peak).together == 3
+    in_turn = planned(REAL, shape, torch.float32, at_once.peak - 1)
+    assert in_turn.together == 1 and at_once.peak / 3 < in_turn.peak < at_once.peak / 2.5
+    assert str(in_turn).endswith(", whole maps, as without a budget, one clip after the other")
+    assert planned(REAL, shape, torch.float32, in_turn.peak).together == 1
+    in_chunks = planned(REAL, shape, torch.float32, in_turn.peak - 1)
+    assert not in_chunks.together and in_chunks.segments
 
 
 def test_a_plan_reads_as_a_table():

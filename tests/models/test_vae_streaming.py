@@ -14,7 +14,7 @@ from hunyuan_fast.models.vae.film import Film
 from hunyuan_fast.models.vae.planner import least_budget, plan_decode, plan_encode
 from hunyuan_fast.models.vae.streaming import stream
 from hunyuan_fast.models.vae.workspace import KEPT
-from tests.models.vae_cases import clip, tiny_vae
+from tests.models.vae_cases import clip, never_whole, tiny_vae
 from tests.models.vae_memory import LiveBytes
 
 # (batch, frames, height, width): latents of odd sizes among them
@@ -27,6 +27,11 @@ SIZES = [
     (2, 17, 8, 8),
 ]
 PLENTY = 1 << 40
+
+
+@pytest.fixture(autouse=True)
+def _in_chunks(monkeypatch):
+    never_whole(monkeypatch)
 
 
 def close(actual, expected, tolerance=1e-4):

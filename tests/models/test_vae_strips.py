@@ -11,10 +11,15 @@ from hunyuan_fast.models.vae.layers import Layer, layers_of
 from hunyuan_fast.models.vae.planner import least_budget, plan_decode, plan_encode
 from hunyuan_fast.models.vae.streaming import stream
 from hunyuan_fast.models.vae.strips import course, strips
-from tests.models.vae_cases import clip, tiny_vae
+from tests.models.vae_cases import clip, never_whole, tiny_vae
 from tests.models.vae_memory import LiveBytes
 
 PLENTY = 1 << 40
+
+
+@pytest.fixture(autouse=True)
+def _in_chunks(monkeypatch):
+    never_whole(monkeypatch)
 
 
 def in_strips(plan, count, frames=None):

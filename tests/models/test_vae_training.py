@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor
 from hunyuan_fast.models import HunyuanVideoVAE
 from hunyuan_fast.models.vae.blocks import ResnetBlock
 from hunyuan_fast.models.vae.tiling import Tiling
+from hunyuan_fast.modules import causal_conv3d
 from hunyuan_fast.modules.frame_causal_attention import FrameCausalAttention
+from hunyuan_fast.ops import group_norm_silu_conv3d
 from tests.models.vae_cases import TINY, clip, diffusers_twin, tiny_vae
 
 Tensors = tuple[Tensor, ...]
@@ -93,34 +96,56 @@ def test_gradient_checkpointing_changes_no_gradient(
         assert torch.equal(found[1][name], expected), name
 
 
-def count_calls(vae: HunyuanVideoVAE) -> list[object]:
-    """The residual blocks and attentions that run from now on, in their order."""
-    calls: list[object] = []
-    for block in vae.modules():
-        if isinstance(block, (ResnetBlock, FrameCausalAttention)):
-            block.register_forward_pre_hook(lambda block, _: calls.append(block))
+def count_calls(vae: HunyuanVideoVAE, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many normed convolutions, shortcuts and attentions run from now on."""
+    calls: Counter[str] = Counter()
+    for name, module in vae.named_modules():
+        attends = isinstance(module, FrameCausalAttention)
+        if attends or name.endswith("conv_shortcut"):
+            kind = "attention" if attends else "conv_shortcut"
+            module.register_forward_pre_hook(lambda *_, kind=kind: calls.update([kind]))
+
+    def convolved(*args: Any, **kwargs: Any) -> Tensor:
+        calls["normed"] += 1
+        return group_norm_silu_conv3d(*args, **kwargs)
+
+    monkeypatch.setattr(causal_conv3d, "group_norm_silu_conv3d", convolved)
     return calls
 
 
-def test_checkpointed_blocks_run_twice_and_others_once(generator: torch.Generator) -> None:
+def test_checkpointing_runs_attentions_and_first_convolutions_twice(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vae = tiny_vae(generator)
-    calls = count_calls(vae)
-    blocks = 4 * TINY["layers_per_block"] + 4 * (TINY["layers_per_block"] + 1) + 2 * 3
+    calls = count_calls(vae, monkeypatch)
+    blocks = 4 * TINY["layers_per_block"] + 4 * (TINY["layers_per_block"] + 1) + 2 * 2
+    shortcuts = sum(b.conv_shortcut is not None for b in vae.modules() if type(b) is ResnetBlock)
     x, _ = draw("encode", generator)
 
     def forward() -> Tensor:
         return vae.decode(vae.encode(x).mode())
 
+    once = {"normed": 2 * blocks + 2, "conv_shortcut": shortcuts, "attention": 2}
     forward().sum().backward()
-    assert len(calls) == blocks
+    assert shortcuts and calls == once
     vae.enable_gradient_checkpointing()
     calls.clear()
     forward().sum().backward()
-    assert len(calls) == 2 * blocks
+    assert calls == {**once, "normed": 3 * blocks + 2, "attention": 4}
     calls.clear()
     with torch.no_grad():
         forward()
-    assert len(calls) == blocks
+    assert calls == {"conv_shortcut": shortcuts, "attention": 2}
+
+
+def test_a_checkpointed_block_can_be_gone_through_twice(generator: torch.Generator) -> None:
+    block = ResnetBlock(4, 8, num_groups=2)
+    x = torch.randn(1, 4, 3, 5, 6, generator=generator).requires_grad_()
+    y = block(x, again=True)
+    wanted = torch.autograd.grad(block(x).sum(), (x, *block.parameters()))
+    for _ in range(2):
+        found = torch.autograd.grad(y.sum(), (x, *block.parameters()), retain_graph=True)
+        assert all(map(torch.equal, found, wanted))
 
 
 def test_checkpointed_tiles_give_the_same_gradients(generator: torch.Generator) -> None:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from hunyuan_fast.models import HunyuanVideoVAE
+from hunyuan_fast.models.vae import planner
 from hunyuan_fast.models.vae.checkpoint import config_to_diffusers
 from hunyuan_fast.models.vae.tiling import Tiling
 
@@ -70,6 +72,11 @@ def tile_twin(twin: Any, tiling: Tiling) -> None:
         tile_sample_stride_num_frames=tiling.frames_stride,
     )
     twin.use_framewise_encoding = twin.use_framewise_decoding = True
+
+
+def never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans go in chunks, also where the plain pass fits, as it does for most small clips."""
+    monkeypatch.setattr(planner._Planner, "_whole", lambda *_: 1 << 62)
 
 
 def clip(generator: torch.Generator, *shape: int) -> Tensor:

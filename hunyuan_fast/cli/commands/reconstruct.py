@@ -3,8 +3,8 @@
 The clip is cut to its first 4n + 1 frames and cropped around its centre until height and width are
 multiples of 8. With --height or --width it is scaled first: one of them keeps the aspect ratio,
 both are covered and the rest is cropped. PSNR and SSIM compare what enters the VAE with what
-leaves it, in 8-bit RGB. With --memory-budget the whole clip goes through in chunks of frames: the
-same result in less memory and more time.
+leaves it, in 8-bit RGB. With --memory-budget the whole clip goes through at once where that fits,
+else in chunks of frames: the same result in less memory and more time.
 """
 
 from collections.abc import Callable, Sequence

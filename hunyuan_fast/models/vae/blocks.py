@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import cast
 
 from torch import Tensor, nn
 
+from hunyuan_fast.models.vae.again import made_again
 from hunyuan_fast.modules.causal_conv3d import CausalConv3d
 from hunyuan_fast.modules.frame_causal_attention import FrameCausalAttention
 from hunyuan_fast.modules.group_norm import GroupNormSiLU
@@ -38,12 +40,17 @@ class ResnetBlock(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, again: bool = False) -> Tensor:
+        """again: keep x alone for backward, which makes the map between the convolutions again."""
         hidden = self.conv1(x, norm=self.norm1)
-        if self.conv_shortcut is None:
-            return self.conv2(hidden, x, norm=self.norm2)
-        hidden = self.conv2(hidden, norm=self.norm2)
-        return self.conv_shortcut(x, hidden)
+        with made_again(hidden, self._between, x) if again else nullcontext():
+            if self.conv_shortcut is None:
+                return self.conv2(hidden, x, norm=self.norm2)
+            hidden = self.conv2(hidden, norm=self.norm2)
+            return self.conv_shortcut(x, hidden)
+
+    def _between(self, x: Tensor) -> Tensor:
+        return self.conv1.as_recorded(x, self.norm1)
 
 
 class _Level(nn.Module):

@@ -116,6 +116,31 @@ class Ledger:
             found.append(Work(peak + states + SLACK, arrived + states + SLACK))
         return found
 
+    def whole(self, clips: int) -> int:
+        """Bytes of so many clips that go through together, every map of them whole."""
+        given = clips * self.map_bytes(0)
+        # they enter in the dtype of the weights, wider than maps are under autocast, and stay
+        held = given * max(4, self.item) // self.item
+        peak, skip = held, 0
+        if self.layers[0].kernel == 1:
+            held += clips * self.map_bytes(1)  # the decoder's own input
+        for index, layer in enumerate(self.layers):
+            own, result = (clips * self.map_bytes(point) for point in (index, index + 1))
+            if layer.attends:
+                peak = max(peak, clips * self._attention_maps(index, self.frames(index)))
+                continue
+            size = self.frames(index), layer.kernel - 1, *self.sizes[index][1:], result, clips
+            # the map before a norm waits for the result, unless the convolution applies the norm
+            normed = own if layer.norm and not fuses_norm(self._answers) else 0
+            work = workspace(Call(layer, self.item, *size), self._answers)
+            peak = max(peak, own + skip + normed + result + work)
+            if layer.shortcut:
+                work = workspace(Call(self._shortcut(index), self.item, *size), self._answers)
+                peak = max(peak, skip + 2 * result + work)
+            skip = own if layer.opens else 0
+        # moments are clamped into a new tensor; what comes in may be copied twice
+        return SLACK + held + max(peak, 2 * result)
+
     def span(self, start: int, end: int, count: int) -> Span:
         """What `count` strips take on their way from start to end, halos and all."""
         layers, heights = self.layers[start:end], self.heights[start : end + 1]
@@ -153,8 +178,7 @@ class Ledger:
             skip, own = own if layer.opens else skip, width
         columns = self.sizes[index][2]
         if layer.shortcut:
-            beside = Layer("", self.layers[index - 1].inputs, layer.outputs, kernel=1)
-            call = Call(beside, self.item, frames, 0, rows, columns, result)
+            call = Call(self._shortcut(index), self.item, frames, 0, rows, columns, result)
             peak = max(peak, own + skip + result + workspace(call, self._answers))
             skip = result
         call = Call(layer, self.item, frames, past, rows, columns, result)
@@ -163,8 +187,16 @@ class Ledger:
         changing = past * frame if layer.stride[0] > 1 else 0
         return max(peak, convolution + changing), past * frame
 
+    def _shortcut(self, index: int) -> Layer:
+        """The convolution beside the two of the block that ends with this layer."""
+        return Layer("", self.layers[index - 1].inputs, self.layers[index].outputs, kernel=1)
+
     def _attention(self, index: int, length: int) -> Work:
+        chunk = min(length, self.frames(index)) * self.map_bytes(index) // self.frames(index)
+        arrived = 2 * self.map_bytes(index) + chunk
+        return Work(self._attention_maps(index, length) + SLACK, arrived + SLACK)
+
+    def _attention_maps(self, index: int, length: int) -> int:
         """Keys and values of the whole map, and a chunk between its norm and its sum."""
         chunk = min(length, self.frames(index)) * self.map_bytes(index) // self.frames(index)
-        whole = 2 * self.map_bytes(index) + SLACK
-        return Work(whole + 8 * chunk, whole + chunk)
+        return 2 * self.map_bytes(index) + 8 * chunk

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from hunyuan_fast.distributed.collectives import size_of
+from hunyuan_fast.models.vae.blocks import ResnetBlock, Run
 from hunyuan_fast.models.vae.budget import read_bytes
 from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.decoder import Decoder
@@ -26,10 +27,10 @@ from hunyuan_fast.models.vae.inputs import (
 from hunyuan_fast.models.vae.layers import Half
 from hunyuan_fast.models.vae.parallel import in_strips
 from hunyuan_fast.models.vae.parallel_tiles import in_tiles
-from hunyuan_fast.models.vae.plan import Plan
+from hunyuan_fast.models.vae.plan import Plan, Progress
 from hunyuan_fast.models.vae.planner import plan_decode, plan_encode
 from hunyuan_fast.models.vae.posterior import DiagonalGaussian
-from hunyuan_fast.models.vae.streaming import Progress, stream
+from hunyuan_fast.models.vae.streaming import stream
 from hunyuan_fast.models.vae.tiling import (
     PRESETS,
     Tiling,
@@ -38,6 +39,7 @@ from hunyuan_fast.models.vae.tiling import (
     map_tiles,
     pixel_window,
 )
+from hunyuan_fast.models.vae.whole import whole
 from hunyuan_fast.models.weights import Pretrained
 from hunyuan_fast.ops import causal_conv3d
 
@@ -138,7 +140,8 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
             not clamped
         memory_budget: bytes, or text such as "6GiB", for all that is allocated beyond z and the
             weights, what is returned included; the values stay those of the whole clip, the time
-            grows as `plan_decode` tells. None: every map whole. Not while gradients are recorded
+            grows as `plan_decode` tells. None: every map whole, as with a budget that allows it.
+            Not while gradients are recorded
         offload: maps between the passes wait in host memory, which the budget does not bound
         progress: called with the part of the arithmetic that is done; only with a budget
         group: processes that share the work, all of which call this with the same z and get the
@@ -174,7 +177,10 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
         budget, device = read_bytes(memory_budget), self.quant_conv.weight.device
         shape, dtype = tuple(x.shape), self._dtype_of_maps()
         plan = planned(self.config, shape, dtype, budget, offload=offload, device=device)
-        return stream(self, plan, x, progress)
+        if not plan.together:
+            return stream(self, plan, x, progress)
+        run = self._encode_tile if plan.half == "encode" else self._decode_tile
+        return whole(self, plan, x, lambda x, through: run(self._enter(x), through), progress)
 
     def _across(self, half: Half, x: Tensor, group: ProcessGroup) -> Tensor:
         """The result for x by all processes of the group, on each of them."""
@@ -207,14 +213,20 @@ class HunyuanVideoVAE(Pretrained, nn.Module):
         return x.to(dtype).contiguous(memory_format=torch.channels_last_3d)
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
-        y: Tensor = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        y: Tensor
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            y = block(x)
+        elif isinstance(block, ResnetBlock) and not torch.compiler.is_compiling():
+            # in a checkpoint its last convolution would run again for nothing
+            y = block(x, again=True)
+        else:
+            y = checkpoint(block, x, use_reentrant=False)
         return y
 
-    def _encode_tile(self, video: Tensor) -> Tensor:
-        moments = self.encoder(video, self._run)
+    def _encode_tile(self, video: Tensor, run: Run | None = None) -> Tensor:
+        moments = self.encoder(video, run or self._run)
         return causal_conv3d(moments, self.quant_conv.weight, self.quant_conv.bias)
 
-    def _decode_tile(self, z: Tensor) -> Tensor:
+    def _decode_tile(self, z: Tensor, run: Run | None = None) -> Tensor:
         z = causal_conv3d(z, self.post_quant_conv.weight, self.post_quant_conv.bias)
-        return self.decoder(z, self._run)
+        return self.decoder(z, run or self._run)

@@ -3,11 +3,12 @@
 A segment leads from one stored map to the next. A group norm needs the statistics of its whole
 input before it can be applied, so each norm on the way costs a pass over the segment up to it,
 which stores nothing; the last pass makes the next map and collects the statistics of a norm right
-behind it.
+behind it. Where memory allows the plain pass there are no segments: every map is there whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from hunyuan_fast.models.vae.config import VAEConfig
 from hunyuan_fast.models.vae.layers import Half, Size, layers_of
 
 Shape = tuple[int, int, int, int, int]
+# Called with the part of the planned arithmetic that is done, from above 0 to 1.
+Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class Plan:
 
     peak: bytes, an upper bound of all that is allocated beyond the input and the weights, the
         result included; with `offload` without stored maps, which wait in host memory: `parked`.
-    flops: of the whole batch; extra: how many times the arithmetic of one pass over the network.
+    together: clips that go through at once in the plain pass, as without a budget, which has no
+        segments; 0: chunks of one clip after the other, segment by segment.
+    flops: of the whole batch; least_flops: of one pass over the network.
     """
 
     half: Half
@@ -63,11 +68,17 @@ class Plan:
     dtype: torch.dtype
     budget: int
     offload: bool
-    segments: tuple[Segment, ...]
     peak: int
-    parked: int
     flops: float
-    extra: float
+    least_flops: float
+    segments: tuple[Segment, ...] = ()
+    together: int = 0
+    parked: int = 0
+
+    @property
+    def extra(self) -> float:
+        """How many times the arithmetic of one pass over the network."""
+        return self.flops / self.least_flops
 
     @property
     def size(self) -> Size:
@@ -75,23 +86,29 @@ class Plan:
         return self.shape[2], self.shape[3], self.shape[4]
 
     def __str__(self) -> str:
-        return f"{self.summary()}\n{self.table()}"
+        return self.summary() if self.together else f"{self.summary()}\n{self.table()}"
 
     def summary(self) -> str:
         """Peak, budget, number of stored maps and extra arithmetic, in one line."""
         shape = " x ".join(map(str, self.shape))
+        head = (
+            f"{self.half} {shape} in {str(self.dtype).removeprefix('torch.')}: peak "
+            f"{show_bytes(self.peak)} of {show_bytes(self.budget)}"
+        )
+        if self.together:
+            clips = "" if self.together == self.shape[0] else ", one clip after the other"
+            return f"{head}, whole maps, as without a budget{clips}"
         steps = [step for segment in self.segments for step in segment.passes]
         length, most = _range([step.frames for step in steps]), max(s.strips for s in steps)
         strips = f" in up to {most} strips" if most > 1 else ""
         parked = f", {show_bytes(self.parked)} parked in host memory" if self.offload else ""
         return (
-            f"{self.half} {shape} in {str(self.dtype).removeprefix('torch.')}: peak "
-            f"{show_bytes(self.peak)} of {show_bytes(self.budget)}{parked}, {length} frames at a "
-            f"time{strips}, {self.extra:.2f} times the arithmetic"
+            f"{head}{parked}, {length} frames at a time{strips}, {self.extra:.2f} times the "
+            "arithmetic"
         )
 
     def table(self) -> str:
-        """One line for each segment."""
+        """One line for each segment; the plain pass has none."""
         layers = layers_of(self.config, self.half)
         rows = [("stored map made by", "passes", "strips", "frames", "stored", "peak", "TFLOP")]
         for segment in self.segments:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -114,6 +115,10 @@ class _Planner:
                 f"got {show_bytes(budget)}"
             )
 
+        whole = self._whole_plan(budget)
+        if whole is not None:
+            return whole
+
         def cost(start: int, stop: int) -> float | None:
             flops = 0.0
             for end in self._stops(start, stop):
@@ -125,28 +130,50 @@ class _Planner:
 
         points = self._points(self._path(cost, lambda a, b: a + b))
         segments = tuple(self._segment(a, b, budget) for a, b in pairwise(points))
-        flops = sum(step.flops for segment in segments for step in segment.passes)
-        ledger, last = self.ledger, self.ledger.last
-        peaks = [step.peak for segment in segments for step in segment.passes]
         stored = [0, *(segment.stored for segment in segments[:-1]), 0]
         return Plan(
-            half=self.half,
-            config=self.config,
-            shape=self.shape,
-            result_shape=(self.shape[0], ledger.layers[-1].outputs, *ledger.sizes[last]),
-            dtype=self.dtype,
-            budget=budget,
-            offload=self.offload,
+            **self._common(budget),
             segments=segments,
-            peak=max(self.entry, self._leave, *peaks),
+            peak=max(self.entry, self._leave, *(s.peak for seg in segments for s in seg.passes)),
             parked=max(a + b for a, b in pairwise(stored)) if self.offload else 0,
-            flops=flops * self.shape[0],
-            extra=flops / sum(ledger.flops),
+            flops=sum(s.flops for seg in segments for s in seg.passes) * self.shape[0],
         )
+
+    def _whole_plan(self, budget: int) -> Plan | None:
+        """The plain pass, over all clips or over one after the other, where it fits."""
+        for clips in (self.shape[0], 1):
+            peak = self._whole(clips)
+            if peak <= budget:
+                flops = sum(self.ledger.flops) * self.shape[0]
+                return Plan(**self._common(budget), together=clips, peak=peak, flops=flops)
+        return None
+
+    def _whole(self, clips: int) -> int:
+        """Bytes of the plain pass over so many clips at a time."""
+        gathered = self.result if clips < self.shape[0] else 0
+        return max(self.entry, self.ledger.whole(clips) + gathered)
+
+    def _common(self, budget: int) -> dict[str, Any]:
+        """What every plan says, whatever it does."""
+        ledger = self.ledger
+        return {
+            "half": self.half,
+            "config": self.config,
+            "shape": self.shape,
+            "result_shape": (
+                *(self.shape[0], ledger.layers[-1].outputs),
+                *ledger.sizes[ledger.last],
+            ),
+            "dtype": self.dtype,
+            "budget": budget,
+            "offload": self.offload,
+            "least_flops": sum(ledger.flops) * self.shape[0],
+        }
 
     def least(self) -> int:
         """The least budget that works."""
-        return max(self.entry, self._leave, int(self._path(self._least_peak, max)[-1][0]))
+        chunks = max(self.entry, self._leave, int(self._path(self._least_peak, max)[-1][0]))
+        return min(chunks, self._whole(1))
 
     @property
     def _leave(self) -> int:

@@ -18,12 +18,11 @@ from hunyuan_fast.models.vae.chain import Chunk, Convolution, normed, pieces
 from hunyuan_fast.models.vae.film import Film, spans
 from hunyuan_fast.models.vae.layers import Rows, layers_of, sizes_of
 from hunyuan_fast.models.vae.pages import give_back, own_pages
-from hunyuan_fast.models.vae.plan import Pass, Plan, Segment
+from hunyuan_fast.models.vae.plan import Pass, Plan, Progress, Segment
 from hunyuan_fast.models.vae.strips import Course, course, strips
 from hunyuan_fast.modules.frame_causal_attention import FrameCausalAttention
 from hunyuan_fast.ops import frame_causal_attention, group_norm_stats, merge_group_norm_stats
 
-Progress = Callable[[float], None]
 # Frames, the first one's place among all, and their rows, None where they are whole.
 Write = Callable[[Tensor, int, Rows | None], None]
 Sink = Callable[[Chunk, int, Rows | None], None]

@@ -35,7 +35,7 @@ def fuses_norm(answers: str) -> bool:
 class Call:
     """One call: `frames` of `rows` x `columns` of a map, `past` frames that stand before them.
 
-    result: bytes of what comes out.
+    result: bytes of what comes out, of all clips; clips: how many are answered together.
     """
 
     layer: Layer
@@ -45,6 +45,7 @@ class Call:
     rows: int
     columns: int
     result: int
+    clips: int = 1
 
     @property
     def weights(self) -> int:
@@ -53,10 +54,10 @@ class Call:
 
     @property
     def padded(self) -> int:
-        """Bytes of the past and the input with an edge all around."""
+        """Bytes of the past and the input with an edge all around, of all clips."""
         edge = 2 * (self.layer.kernel // 2)
         positions = (self.frames + self.past) * (self.rows + edge) * (self.columns + edge)
-        return self.layer.inputs * positions * self.item
+        return self.clips * self.layer.inputs * positions * self.item
 
 
 def workspace(call: Call, answers: str) -> int:
@@ -81,7 +82,7 @@ def _padded(call: Call) -> int:
         return call.result
     rows = layer.inputs * (call.frames + call.past) * (call.rows + 2)
     # the stack of taps, the library's copy of it and of the result
-    stacked = 6 * call.padded + call.result if rows <= _STACKED else 0
+    stacked = 6 * call.padded + call.result if call.clips == 1 and rows <= _STACKED else 0
     if layer.upsamples:
         # the window of one parity, the sums of taps in fp32, the parities beside the result
         taps = 5 * max(call.weights, call.weights * 4 // item)
