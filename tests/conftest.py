@@ -34,6 +34,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--resources", action="store_true", help="print what kernels compiled ahead of time use"
     )
+    parser.addoption(
+        "--rehearse-gpu",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="N",
+        help="run the tests that need a GPU, and only those, N cases of each, on a pretended one; "
+        "verifies nothing",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (cases := config.getoption("--rehearse-gpu")) is not None:
+        from tests.kit import rehearsal
+
+        rehearsal.begin()
+        config.pluginmanager.register(rehearsal.Plugin(cases))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

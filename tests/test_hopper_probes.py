@@ -1,13 +1,12 @@
 """Small kernels that each try one thing of Hopper: on the emulated machine, and on a GPU."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.kit import hopper
-from tests.kit.native import ROOT, nvcc
+from tests.kit import gpu, hopper
+from tests.kit.native import ROOT
 
 NATIVE = Path(__file__).parent / "native"
 SEEDS = (*hopper.EXTREMES, 4)
@@ -73,13 +72,7 @@ def test_blocks_add_in_turns(kernels: hopper.Kernels) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
 def test_on_a_gpu(tmp_path: Path) -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+    if not gpu.is_hopper():
         pytest.skip("needs an sm_90 GPU")
-    sources = [NATIVE / "sm90_probes.cu", ROOT / "csrc/common/sm90_tensor_map.cu"]
-    flags = ["-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc'}"]
-    program = tmp_path / "probes"
-    subprocess.run([nvcc(), *flags, *sources, "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.returncode) == ("ok\n", 0)
+    gpu.run_program(tmp_path, NATIVE / "sm90_probes.cu", ROOT / "csrc/common/sm90_tensor_map.cu")

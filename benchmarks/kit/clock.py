@@ -9,6 +9,7 @@ import torch
 Run = Callable[[], object]
 
 MIB = 2**20
+_WARM_UP = 4096  # rows and columns of the matrices that bring a GPU to its clock rate
 
 
 class Clock(Protocol):
@@ -91,7 +92,7 @@ class CudaClock:
         return milliseconds / calls / 1e3
 
     def warm_up(self) -> None:
-        x = torch.ones(4096, 4096, dtype=torch.bfloat16, device=self.device)
+        x = torch.ones(_WARM_UP, _WARM_UP, dtype=torch.bfloat16, device=self.device)
         end = time.perf_counter() + 1.0
         while time.perf_counter() < end:
             x @ x

@@ -72,14 +72,19 @@ class Fenced:
 
 
 def far_apart(
-    shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype = torch.bfloat16
+    shape: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """A tensor with enormous strides over memory that the system commits only where it is touched.
 
     Indices past 2^31 elements cost a few pages this way instead of many gigabytes, so 32-bit index
-    arithmetic in a kernel shows on any machine. CPU only; the content is zero.
+    arithmetic in a kernel shows on any machine. The content is zero. On a GPU it takes the memory.
     """
     last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if torch.device(device).type != "cpu":
+        return torch.zeros(last + 1, dtype=dtype, device=device).as_strided(shape, stride)
     num_bytes = (last + 1) * dtype.itemsize
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     memory = mmap.mmap(-1, num_bytes, flags=flags)

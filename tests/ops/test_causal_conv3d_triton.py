@@ -9,6 +9,7 @@ import torch
 
 from hunyuan_fast.dispatch import implementations, use
 from hunyuan_fast.ops import causal_conv3d
+from tests.kit import gpu
 from tests.kit.inputs import with_layout
 from tests.ops.causal_conv3d_cases import (
     DTYPES,
@@ -135,12 +136,11 @@ def test_activation_and_residual(past, generator):
 @each_dtype
 @pytest.mark.parametrize("cases", [FORWARD, BACKWARD, WHOLE], ids=["forward", "backward", "whole"])
 def test_on_a_gpu(cases, dtype, generator):
-    for options in cases.values():
+    for options in gpu.size([*cases.values()], [*cases.values()][:2]):
         call = draw_call(generator, dtype=dtype, **options).map(torch.Tensor.cuda)
         results = run("triton_impl", call)
         assert_right(results, call)
-        for got, wanted in zip(run("triton_impl", call), results, strict=True):
-            assert (got is None and wanted is None) or torch.equal(got, wanted)
+        gpu.assert_same_bits_at_every_run(lambda call=call: run("triton_impl", call), gpu.FEW)
 
 
 @pytest.mark.gpu
@@ -156,6 +156,7 @@ def test_on_a_gpu(cases, dtype, generator):
 )
 def test_layers_on_a_gpu(options, generator):
     """Against the truth in float64 on the same GPU, of bf16."""
+    options = options | gpu.size({}, {"shape": (1, 32, 2, 4, 4), "channels": 32})
     call = draw_call(generator, dtype=torch.bfloat16, **options).map(torch.Tensor.cuda)
     exact = by_definition(call.map(lambda t: t.double()))
     with use("triton_impl", ROOM), torch.no_grad():

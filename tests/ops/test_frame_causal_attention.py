@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hunyuan_fast.dispatch import explain, implementations, use
 from hunyuan_fast.kernels.frame_causal_attention import library_impl, reference
 from hunyuan_fast.ops import frame_causal_attention
+from tests.kit import gpu
 from tests.kit.inputs import LAYOUTS, with_layout
 from tests.kit.memory import far_apart
 from tests.kit.numerics import assert_equal
@@ -389,13 +390,11 @@ def test_bad_arguments_are_refused(case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 96, 256, 512])
-@pytest.mark.parametrize("tokens", [1, 37, 300])
+@pytest.mark.parametrize("tokens", gpu.size([1, 37, 130], [1, 9]))
 @each_implementation
 def test_on_a_gpu(name, tokens, head_dim, dtype, generator):
     sizes = {"frames": 3, "past": 1, "batch": 2, "heads": 2, "head_dim": head_dim}
     call: Call = draw_call(generator, tokens=tokens, dtype=dtype, **sizes).map(torch.Tensor.cuda)
     first = run(name, call)
     judge(name, first, call)
-    for _ in range(20):
-        for got, wanted in zip(run(name, call), first, strict=True):
-            assert torch.equal(got, wanted)
+    gpu.assert_same_bits_at_every_run(lambda: run(name, call), gpu.FEW)

@@ -7,8 +7,9 @@ import torch
 
 from hunyuan_fast.dispatch import explain, implementations
 from hunyuan_fast.kernels.group_norm_silu import config
+from tests.kit import gpu
 from tests.kit.aot import Specialisation, compile_ahead
-from tests.ops.group_norm_silu_cases import DTYPES, NAMES, ROOM, assert_right, draw_call, run
+from tests.ops.group_norm_silu_cases import DTYPES, ROOM, assert_right, draw_call, run
 
 KERNELS = f"hunyuan_fast.kernels.{ROOM}.triton_kernels"
 SMALL = (1, 8, 1, 2, 2)
@@ -165,7 +166,11 @@ GPU_IMPLEMENTATIONS = tuple(n for n in implementations(ROOM) if n == "triton_imp
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 128, 5, 33, 35), (1, 512, 3, 16, 16), (2, 48, 2, 9, 9)])
+@pytest.mark.parametrize(
+    "shape",
+    gpu.size([(2, 128, 5, 33, 35), (1, 512, 3, 16, 16), (2, 48, 2, 9, 9)], [(2, 48, 2, 3, 3)]),
+    ids=str,
+)
 @pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
 def test_on_a_gpu(name, shape, dtype, generator):
     for family, silu in (("normal", True), ("offset_1000", False)):
@@ -174,6 +179,4 @@ def test_on_a_gpu(name, shape, dtype, generator):
         moved = replace(call.with_leaves(leaves), dy=call.dy.cuda())
         actual = run(name, moved)
         assert_right(actual, call)
-        for _ in range(20):
-            for label, got, wanted in zip(NAMES, run(name, moved), actual, strict=True):
-                assert torch.equal(got, wanted), label
+        gpu.assert_same_bits_at_every_run(lambda moved=moved: run(name, moved), gpu.FEW)

@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from hunyuan_fast.dispatch import implementations, use
 from hunyuan_fast.ops.rope3d_attention import attention
-from tests.kit import hopper
+from tests.kit import gpu, hopper
 from tests.kit.emulation import FlashAttention, plain_attention
 from tests.kit.inputs import with_layout
 from tests.kit.memory import Fenced
@@ -383,14 +382,9 @@ on_a_hopper = pytest.mark.skipif(not on_hopper(), reason="needs an sm_90 GPU and
 
 @pytest.mark.gpu
 @on_a_hopper
-@pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
 def test_each_instruction_on_a_gpu(tmp_path):
     """Products, copies and stores alone: where the kernel is wrong, this says what of it."""
-    program = tmp_path / "operands"
-    flags = ["-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([nvcc(), *flags, OPERANDS, TENSOR_MAP, "-o", program], check=True)
-    result = subprocess.run([program], capture_output=True, text=True, timeout=60)
-    assert (result.stdout, result.returncode) == ("ok\n", 0)
+    gpu.run_program(tmp_path, OPERANDS, TENSOR_MAP)
 
 
 @pytest.mark.gpu
@@ -406,37 +400,21 @@ def test_on_a_gpu(case, head_dim, key_tile, cluster, dtype, impl, generator):
     way = {"key_tile": key_tile, "cluster": cluster}
     out, lse = impl.forward(*inputs, kv_len, scale, **way)
     assert_right(out, lse, inputs, lengths, scale)
-    for _ in range(5):
-        assert_equal(impl.forward(*inputs, kv_len, scale, **way)[0], out)
-
-
-@pytest.mark.gpu
-@on_a_hopper
-def test_in_a_cuda_graph(generator):
-    """No step waits for the device: the lengths are read there."""
-    q, k, v = (x.cuda() for x in draw(generator, [300, 7], 300, 2, 128, torch.bfloat16))
-    kv_len = torch.tensor([300, 7]).cuda()
-    with use("cuda_impl", ROOM), torch.no_grad():
-        expected = attention(q, k, v, kv_len=kv_len)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = attention(q, k, v, kv_len=kv_len)
-        out.zero_()
-        graph.replay()
-    assert_equal(out, expected)
+    gpu.assert_same_bits_at_every_run(lambda: impl.forward(*inputs, kv_len, scale, **way))
 
 
 @pytest.mark.gpu
 @on_a_hopper
 def test_past_two_to_the_31_on_a_gpu():
-    """Tensors of more than 2^31 elements equal their parts: samples do not see each other."""
-    shape = (3, 2**18, 24, 128)
+    """Long samples of more than 2^31 elements in all: the same as their parts alone."""
+    shape = gpu.size((3, 2**18, 24, 128), (3, 140, 1, 64))
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    assert q.numel() > 2**31
-    kv_len = torch.tensor([300, 0, 1000], device="cuda")
+    assert gpu.rehearsed or q.numel() > 2**31
+    lengths = gpu.size([300, 0, 1000], [30, 0, 100])
+    kv_len = torch.tensor(lengths, device="cuda")
     with use("cuda_impl", ROOM), torch.no_grad():
         whole = attention(q, k, v, kv_len=kv_len)
-        for item, valid in ((0, 300), (2, 1000)):
+        for item, valid in ((0, lengths[0]), (2, lengths[2])):
             part = [x[item : item + 1, :valid].contiguous() for x in (q, k, v)]
             assert torch.equal(whole[item : item + 1, :valid], attention(*part))
             assert not whole[item, valid:].any()
