@@ -191,7 +191,11 @@ def test_no_more_memory_than_dense_attention(threads, dtype):
     for length, heads, head_dim in ((2560, 24, 128), (2560, 3, 64), (2600, 1, 256)):
         q = torch.empty(1, dtype=dtype).expand(1, length, heads, head_dim)
         _, dense = native.rope3d_attention_bytes_cpu(q, None, threads)
-        for tile, window in (((3, 4, 4), (1, 1, 1)), ((2, 3, 5), (3, 3, 3)), ((9, 8, 8), (1, 2, 1))):
+        for tile, window in (
+            ((3, 4, 4), (1, 1, 1)),
+            ((2, 3, 5), (3, 3, 3)),
+            ((9, 8, 8), (1, 2, 1)),
+        ):
             assert fraction(grid, tile, window, text) < 1
             windows = torch.tensor([window] * heads, dtype=torch.int32)
             ours = native.sliding_tile_attention_bytes_cpu(q, windows, grid, tile, None, threads)
