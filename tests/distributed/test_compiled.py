@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_fast.distributed.mesh import Layout, build_mesh
+from hunyuan_fast.distributed.traffic import Traffic, count_traffic
 from hunyuan_fast.models.dit.context_parallel import HeldTokens
 from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
 from hunyuan_fast.models.dit.parallel import parallelize
@@ -35,8 +36,8 @@ def through_a_block(
     return held.whole(joint[:, : held.num_video])
 
 
-def compiled_and_not(layout: dict[str, Any]) -> list[list[Tensor]]:
-    """The tokens, and the gradients of the inputs and of the block's parameters."""
+def compiled_and_not(layout: dict[str, Any]) -> list[tuple[list[Tensor], Traffic]]:
+    """The tokens, the gradients of the inputs and of the block's parameters, and what was sent."""
     generator = torch.Generator().manual_seed(0)
     depths = {"mm_double_blocks_depth": 0, "mm_single_blocks_depth": 1}
     heads = 2 if "tp" in layout else 3
@@ -52,14 +53,17 @@ def compiled_and_not(layout: dict[str, Any]) -> list[list[Tensor]]:
         through_a_block,
         torch.compile(through_a_block, fullgraph=True, backend="aot_eager"),
     ):
-        out = function(model, x, vec, rotary, torch.tensor([TEXT, 1]))
-        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+        with count_traffic() as traffic:
+            out = function(model, x, vec, rotary, torch.tensor([TEXT, 1]))
+            grads = torch.autograd.grad(out.square().sum(), leaves)
+        results.append(([out.detach(), *grads], traffic))
     return results
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_a_break(ranks: RankPool, layout: str) -> None:
     """Exchanged heads, gathered tokens, sums and parts of them: operators, with gradients."""
-    for plain, compiled in ranks.run(2, compiled_and_not, LAYOUTS[layout]):
+    for (plain, sent), (compiled, counted) in ranks.run(2, compiled_and_not, LAYOUTS[layout]):
         for wanted, found in zip(plain, compiled, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert counted == sent and sent.total

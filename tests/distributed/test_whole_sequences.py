@@ -85,6 +85,15 @@ def coded_part(dtype: torch.dtype) -> dict[str, Tensor]:
     return dict.fromkeys(NAMES, out)
 
 
+def coded_alone(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of all tokens by one process: over codes, and without."""
+    q, k, v, _ = LONG.draw(dtype)
+    kv_len = LONG.video + LONG.text_len
+    exact = attention(q, k, v, kv_len=kv_len)
+    assert isinstance(exact, Tensor)
+    return fp8_attention(q, k, v, kv_len=kv_len), exact
+
+
 def assert_same_codes(found: Tensor, one: Tensor, exact: Tensor) -> None:
     """As one process has it, but for sums of another order, and a code that they tip over.
 
@@ -98,12 +107,8 @@ def assert_same_codes(found: Tensor, one: Tensor, exact: Tensor) -> None:
 def test_codes_are_those_of_one_process(ranks: RankPool, count: int) -> None:
     """A head has all of its tokens: the same means, blocks and scales."""
     for dtype in (torch.float32, torch.bfloat16):
-        q, k, v, _ = LONG.draw(dtype)
-        kv_len = LONG.video + LONG.text_len
-        wanted, exact = (f(q, k, v, kv_len=kv_len) for f in (fp8_attention, attention))
         found = whole(ranks.run(count, coded_part, dtype), shards_of(LONG, count))["out"]
-        assert isinstance(wanted, Tensor) and isinstance(exact, Tensor)
-        assert_same_codes(found, wanted, exact)
+        assert_same_codes(found, *coded_alone(dtype))
 
 
 def refused() -> list[str]:
