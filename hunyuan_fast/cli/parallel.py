@@ -151,8 +151,13 @@ def join(device: torch.device) -> None:
 
 def is_first() -> bool:
     """Whether this process is the one that writes and speaks."""
+    return rank_of_process() == 0
+
+
+def rank_of_process() -> int:
+    """Its number in the job."""
     job = Job.of_environment()
-    return job is None or job.rank == 0
+    return 0 if job is None else job.rank
 
 
 def place_of_process(device: str | None) -> str | None:

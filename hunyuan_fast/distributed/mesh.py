@@ -70,6 +70,10 @@ class Layout:
         """Whether there is nothing to share."""
         return self.world_size == 1
 
+    def encodes(self, rank: int) -> bool:
+        """Whether this process encodes prompts: the first one of those that make a video does."""
+        return rank % (self.cp * self.tp) == 0
+
     def check_world(self, world_size: int) -> None:
         """Raise ValueError when the job has another number of processes."""
         if world_size != self.world_size:

@@ -76,6 +76,7 @@ def usp_attention(
     check_tensors(q, k, v)
     together, rings = size_of(ulysses), size_of(ring)
     _check_shards(q, shards, kv_len, together * rings, rank_in(ring) * together + rank_in(ulysses))
+    _check_valid(kv_len, shards, together)
     if ring is not None:
         check_ring("fp8" if fp8 else "same", pattern)
     if fp8 and pattern is not None:
@@ -177,3 +178,41 @@ def _check_shards(q: Tensor, shards: TokenShards, kv_len: Tensor, ranks: int, ra
             f"shards must have {q.shape[1]} rows for process {rank}, as q has, got {shards}"
         )
     check_kv_len_of_all(kv_len, q, rank, ranks)
+
+
+def _check_valid(kv_len: Tensor, shards: TokenShards, together: int) -> None:
+    """Valid tokens lie on the processes as all tokens do; those on a GPU are not looked at.
+
+    Every process has the lengths of all, so that all refuse alike, before any of them waits for
+    another. Groups of so many processes together have video first, then text: what is valid is the
+    beginning of that.
+    """
+    if kv_len.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    lengths = kv_len.tolist()
+    for rank, (own, rows) in enumerate(zip(lengths, shards.rows, strict=True)):
+        if not all(0 <= length <= rows for length in own):
+            raise ValueError(
+                f"kv_len must lie in [0, {rows}] for process {rank}, the rows that shards has for "
+                f"it, got {own}"
+            )
+    for first in range(0, len(lengths), together):
+        group = slice(first, first + together)
+        for sample, found in enumerate(zip(*lengths[group], strict=True)):
+            wanted = _from_the_front(sum(found), shards.video[group], shards.text[group])
+            if found != wanted:
+                raise ValueError(
+                    "kv_len must count valid video of all processes before any text, and text from "
+                    f"the first process on, as shards.kv_len does: for {sum(found)} valid tokens "
+                    f"of sample {sample} {wanted} on processes {first} to "
+                    f"{first + together - 1}, got {found}"
+                )
+
+
+def _from_the_front(count: int, video: tuple[int, ...], text: tuple[int, ...]) -> tuple[int, ...]:
+    """How many of the first tokens each process has, of video of all and then text of all."""
+    taken = []
+    for size in (*video, *text):
+        taken.append(min(size, count))
+        count -= taken[-1]
+    return tuple(map(sum, zip(taken[: len(video)], taken[len(video) :], strict=True)))

@@ -16,6 +16,7 @@ from hunyuan_fast.ops.attention_checks import (
     check_out,
     check_tensors,
 )
+from hunyuan_fast.ops.memory import check_apart
 from hunyuan_fast.ops.operator import define
 
 _ROOM = "fp8_attention"
@@ -74,6 +75,7 @@ def _out_kernel(
     q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None, scale: float, out: Tensor
 ) -> None:
     check_lengths(kv_len, q.shape[1])
+    check_apart(out, q=q, k=k, v=v)
     select(_ROOM, q, k, v, kv_len, scale, out).forward(q, k, v, kv_len, scale, out)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_fast.dispatch import select
+from hunyuan_fast.ops.memory import apart
 from hunyuan_fast.ops.operator import define, refuse_second_derivative
 
 _ROOM = "gelu_tanh"
@@ -174,32 +175,12 @@ def _check_memory(x: Tensor, out: Tensor) -> None:
     """Refuse an ``out`` some of whose elements would be written before they are read, or twice."""
     if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
         raise ValueError(f"out must not repeat memory, got strides {out.stride()}")
-    if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr() or not x.numel():
-        return
-    same_steps = all(
+    same = x.data_ptr() == out.data_ptr() and all(
         a == b or size == 1 for a, b, size in zip(x.stride(), out.stride(), x.shape, strict=True)
     )
-    distance = abs(int(out.storage_offset()) - int(x.storage_offset()))
-    if same_steps and (distance == 0 or _beside(x, distance)):
-        return
-    first, second = sorted((x, out), key=Tensor.storage_offset)
-    if first.storage_offset() + _extent(first) > second.storage_offset():
+    if not same and not apart(x, out):
         raise ValueError(
             "out must be x itself or share no memory with it, got views that overlap: "
             f"offsets {x.storage_offset()} and {out.storage_offset()}, strides {x.stride()} and "
             f"{out.stride()}"
         )
-
-
-def _beside(x: Tensor, distance: int) -> bool:
-    """Whether the rows of x and the same rows ``distance`` further lie between each other."""
-    *steps, last = x.stride()
-    period = min((s for s, size in zip(steps, x.shape, strict=False) if size > 1), default=0)
-    if last != 1 or not period or any(step % period for step in steps):
-        return False
-    return x.shape[-1] <= distance % period <= period - x.shape[-1]
-
-
-def _extent(x: Tensor) -> int:
-    """How many elements of memory lie between the first and the last one, both included."""
-    return 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hunyuan_fast.dispatch import select
 from hunyuan_fast.ops.attention_checks import check_kv_len, check_lengths, check_out
+from hunyuan_fast.ops.memory import check_apart
 from hunyuan_fast.ops.operator import define
 from hunyuan_fast.ops.qk_norm_rope import ARGUMENTS, check_arguments
 
@@ -68,6 +69,7 @@ def _kernel(*args: Any) -> Tensor:
 
 def _out_kernel(*args: Any) -> None:
     *heads, kv_len, scale, out = args
+    check_apart(out, qkv=heads[0], text_qkv=heads[6])
     _attended(tuple(heads), kv_len, scale, (out,))
 
 

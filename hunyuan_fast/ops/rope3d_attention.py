@@ -17,6 +17,7 @@ from hunyuan_fast.ops.attention_checks import (
     check_out,
     check_tensors,
 )
+from hunyuan_fast.ops.memory import check_apart
 from hunyuan_fast.ops.operator import define, refuse_second_derivative
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def _out_kernel(
     q_len: Tensor | None = None,
 ) -> Tensor:
     check_lengths(kv_len, k.shape[1])
+    check_apart(out, q=q, k=k, v=v)
     if q_len is None:
         return select(_ROOM, q, k, v, kv_len, scale, out).forward(q, k, v, kv_len, scale, out)[1]
     return _own_queries(q, k, v, kv_len, scale, out, q_len)[1]

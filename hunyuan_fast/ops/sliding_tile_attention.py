@@ -17,6 +17,7 @@ from hunyuan_fast.ops.attention_checks import (
     check_out,
     check_tensors,
 )
+from hunyuan_fast.ops.memory import check_apart
 from hunyuan_fast.ops.operator import define, refuse_second_derivative
 
 _ROOM = "sliding_tile_attention"
@@ -138,6 +139,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None
 def _out_kernel(q: Tensor, *rest: Any) -> Tensor:
     args = _arguments(q, *rest)
     _check_values(*args)
+    check_apart(args[-1], q=q, k=args[1], v=args[2])
     _, lse = select(_ROOM, *args).forward(*args)
     return lse
 

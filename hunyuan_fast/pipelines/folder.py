@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 PipelineLayout = Literal["native", "diffusers"]
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 SEALED = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 TEMPLATE_FILE = "prompt_template.json"
 RELEASED_SHIFT = 7.0
 
@@ -41,10 +42,15 @@ Parts = tuple[
 
 
 def load_parts(
-    path_or_repo: str | Path, *, device: torch.device, dtype: torch.dtype | None
+    path_or_repo: str | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    text_weights: bool = True,
 ) -> Parts:
     """Read every part of the pipeline at a folder, repo id or embedded name.
 
+    text_weights: False leaves those of the text encoders unread, and their digests unchecked.
     That all parts are there is checked before the first weight is read.
     Raises CheckpointError, FileNotFoundError or ValueError naming the file.
     """
@@ -52,7 +58,7 @@ def load_parts(
     place = {part: files.require(part) for part in PARTS}
     settings = read_settings(files)
     if files.layout == "native":
-        for part in SEALED:
+        for part in SEALED if text_weights else TOKENIZERS:
             _check_seal(place[part])
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -64,6 +70,7 @@ def load_parts(
         skip_layer=settings.hidden_state_skip_layer,
         device=device,
         dtype=other,
+        weights=text_weights,
     )
     clip = CLIPTextEncoder.from_pretrained(
         place["text_encoder_2"],
@@ -71,6 +78,7 @@ def load_parts(
         max_length=settings.clip_max_length,
         device=device,
         dtype=other,
+        weights=text_weights,
     )
     vae = HunyuanVideoVAE.from_pretrained(place["vae"], device=device, dtype=other)
     transformer = HunyuanVideoTransformer.from_pretrained(

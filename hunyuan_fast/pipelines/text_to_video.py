@@ -63,6 +63,7 @@ class HunyuanVideoPipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str | None = None,
         attention_precision: str = "same",
+        text_weights: bool = True,
     ) -> "HunyuanVideoPipeline":
         """Load all parts from "nano" (embedded), a folder in a known layout, or a repo id.
 
@@ -70,13 +71,18 @@ class HunyuanVideoPipeline:
         text encoders run in float16, as in the reference implementation.
         attention_precision is "same" as dtype, or "fp8": video and text then attend to each other
         over e4m3 codes (``transformer.set_attention`` changes it later).
+        text_weights False leaves the text encoders without weights, for a process that others
+        encode for: ``layout.encodes(rank)`` tells who does.
         Raises TypeError or ValueError for a bad argument and an error naming the file for a bad
         folder.
         """
         device = read_device(device)
         dtype = read_dtype(dtype)
         precision = read_attention_precision(attention_precision)
-        pipeline = cls(*folder.load_parts(path_or_repo, device=device, dtype=dtype))
+        parts = folder.load_parts(
+            path_or_repo, device=device, dtype=dtype, text_weights=text_weights
+        )
+        pipeline = cls(*parts)
         pipeline.transformer.set_attention(precision=precision)
         return pipeline
 
@@ -119,7 +125,8 @@ class HunyuanVideoPipeline:
     def parallelize(self, layout: Layout, mesh: DeviceMesh | None = None) -> "HunyuanVideoPipeline":
         """Make videos together with the other processes of the default group.
 
-        Every process loads the same pipeline, calls this with the same layout, and then calls the
+        Every process loads the same pipeline (with ``text_weights=layout.encodes(rank)``, what it
+        keeps of it), calls this with the same layout, and then calls the
         pipeline like the others: rank 0 decides what is made and gets it, the others get nothing.
         mesh: as of ``distributed.mesh.build_mesh``; None makes one
         Returns the pipeline itself. Raises ValueError when the layout fits neither the model nor
@@ -184,6 +191,11 @@ class HunyuanVideoPipeline:
         """Text inputs for each row of the batch: negative prompts first, then prompts."""
         rows = (*(request.negative_prompts or ()), *request.prompts)
         report("encode", 0, 1)
+        if not (self.text_encoder.has_weights and self.text_encoder_2.has_weights):
+            raise ValueError(
+                "text_weights must be True for the process that encodes the prompts, the first of "
+                "each cp x tp group; load the pipeline there with text_weights=True"
+            )
         texts = list(dict.fromkeys(rows))
         states, mask = self.text_encoder.encode(
             texts, self.settings.template_for(request.num_frames)

@@ -55,6 +55,20 @@ def together(
     return seen
 
 
+def stored(layout: dict[str, Any], folders: list[str], weights: list[bool]) -> dict[str, Any]:
+    """What this rank makes of the pipeline in its own folder; weights: of the text encoders."""
+    rank, how = dist.get_rank(), Layout(**layout)
+    options: dict[str, Any] = {"dtype": torch.float32, "text_weights": weights[rank]}
+    pipeline = HunyuanVideoPipeline.from_pretrained(folders[rank], **options).parallelize(how)
+    kinds = {e.device.type for e in (pipeline.text_encoder, pipeline.text_encoder_2)}
+    found = {"text on": kinds, "encodes": how.encodes(rank)}
+    found["first"] = pipeline.ranks.is_first_of_video
+    try:
+        return found | {"made": pipeline.to("cpu")(**REQUEST, output_type="latent")}
+    except (ValueError, RuntimeError) as error:
+        return found | {"error": f"{type(error).__name__}: {error}"}
+
+
 def refused(layout: dict[str, Any], changes: dict[str, Any]) -> str:
     """What this rank hears of a call that rank 0 refuses."""
     pipeline = tiny_pipeline().parallelize(Layout(**layout))

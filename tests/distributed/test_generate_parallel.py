@@ -1,5 +1,7 @@
 """A pipeline over several processes makes the videos of one."""
 
+import math
+import shutil
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed import generate_cases
+from tests.kit.pipeline import tiny_pipeline
 from tests.kit.ranks import RankPool
 
 
@@ -71,6 +74,43 @@ def test_uneven_groups_guidance_and_given_noise(
     expected = generate_cases.alone(**changes, latents=noise)
     assert difference(found, expected) <= 1e-4
     assert [len(rank["calls"][0]["latents"]) for rank in found] == [4, 2]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
+    """A stored pipeline, with and without the weights of its text encoders."""
+    place = tmp_path_factory.mktemp("stored")
+    tiny_pipeline().save_pretrained(place / "whole")
+    shutil.copytree(place / "whole", place / "part")
+    for name in ("text_encoder", "text_encoder_2"):
+        weights = list((place / "part" / name).glob("*.safetensors"))
+        assert weights
+        for path in weights:
+            path.unlink()
+    return {True: str(place / "whole"), False: str(place / "part")}
+
+
+@pytest.mark.parametrize("layout", [{"cp": 2}, {"dp": 2, "tp": 2}], ids=str)
+def test_who_does_not_encode_reads_no_weights_of_encoders(
+    layout: dict[str, int], ranks: RankPool, folders: dict[bool, str]
+) -> None:
+    world = math.prod(layout.values())
+    weights = [rank % 2 == 0 for rank in range(world)]
+    found = ranks.run(
+        world, generate_cases.stored, layout, [folders[has] for has in weights], weights
+    )
+    assert [rank["text on"] for rank in found] == [{"cpu" if has else "meta"} for has in weights]
+    assert [rank["encodes"] for rank in found] == [rank["first"] for rank in found] == weights
+    assert difference(found, generate_cases.alone(output_type="latent")) <= 1e-4
+
+
+def test_encoding_without_weights_is_refused_by_all(
+    ranks: RankPool, folders: dict[bool, str]
+) -> None:
+    found = ranks.run(2, generate_cases.stored, {"cp": 2}, [folders[False]] * 2, [False] * 2)
+    said = [rank["error"] for rank in found]
+    assert said[0].startswith("ValueError: text_weights must be True for the process that encodes")
+    assert said[1].startswith("PeerError: rank 0 has failed: ValueError: text_weights must be True")
 
 
 def test_errors_of_the_call_reach_all(ranks: RankPool) -> None:

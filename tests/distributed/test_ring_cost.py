@@ -207,6 +207,39 @@ def test_refusals(ranks: RankPool, kind: str, words: str) -> None:
     assert all(words in message for message in ranks.run(2, refused, kind))
 
 
+WRONG = {
+    "long": ([[5, 0], [2, 2]], "kv_len must lie in [0, 4] for process 0, the rows that shards has"),
+    "negative": ([[4, 4], [2, -1]], "[0, 3] for process 1, the rows that shards has for it, got"),
+    # of lengths that are possible, in sum and for each process
+    "video": ([[4, 4], [1, 3]], "for 5 valid tokens of sample 0 (3, 2) on processes 0 to 1, got"),
+    "text": ([[4, 3], [3, 3]], "for 6 valid tokens of sample 1 (4, 2) on processes 0 to 1, got"),
+}
+
+
+def refused_lengths(kind: str, together: bool) -> str:
+    """What each process says of lengths that are wrong for one of them."""
+    shards = TokenShards((3, 2), (1, 1))
+    q = torch.zeros(2, shards.rows[group.WORLD.rank()], 2, 4)
+    groups = {"ulysses": group.WORLD, "ring": None}
+    if not together:
+        groups = {"ulysses": None, "ring": group.WORLD}
+    try:
+        kv_len = torch.tensor(WRONG[kind][0])
+        usp_attention(q, q, q, shards=shards, kv_len=kv_len, **groups)
+    except ValueError as error:
+        return str(error)
+    return "taken"
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_every_process_says_what_is_wrong_with_lengths(ranks: RankPool, kind: str) -> None:
+    said = ranks.run(2, refused_lengths, kind, True)
+    assert said[0] == said[1] and WRONG[kind][1] in said[0]
+    apart = ranks.run(2, refused_lengths, kind, False)
+    # in a ring each process has video and text of its own
+    assert apart == (["taken"] * 2 if kind in ("video", "text") else said)
+
+
 def test_lengths_of_other_processes_than_there_are() -> None:
     """By itself a process has the rows of one, and takes no others for them."""
     q = torch.zeros(2, 3, 2, 4)

@@ -19,6 +19,7 @@ from hunyuan_fast.cli.parallel import (
     join,
     named,
     place_of_process,
+    rank_of_process,
     read_layout,
 )
 from hunyuan_fast.cli.parsing import (
@@ -126,6 +127,7 @@ def run(argv: Sequence[str]) -> None:
                 device=device,
                 dtype=dtype,
                 attention_precision=options.attention_precision,
+                text_weights=layout.encodes(rank_of_process()),
             )
             pipe.transformer.set_attention(windows=windows)
             join(device)

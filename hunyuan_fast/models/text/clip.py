@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_fast.models.text.encoder import TextEncoder
-from hunyuan_fast.models.text.loading import load_model, load_tokenizer
+from hunyuan_fast.models.text.loading import empty_model, load_model, load_tokenizer
 from hunyuan_fast.models.text.tokens import pad_right, token_ids, warn_truncated
 
 OFFICIAL_MAX_LENGTH = 77
@@ -50,13 +50,18 @@ class CLIPTextEncoder(TextEncoder):
         max_length: int = OFFICIAL_MAX_LENGTH,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        weights: bool = True,
     ) -> "CLIPTextEncoder":
         """Load the model and the tokenizer from folders in transformers' format.
 
+        weights: False leaves the model without memory, on the meta device.
         Raises CheckpointError naming the folder when something is missing or does not fit.
         """
-        model = load_model(path, "CLIPTextModel", dtype=dtype)
-        return cls(model.to(device), load_tokenizer(tokenizer_path), max_length)
+        if weights:
+            model = load_model(path, "CLIPTextModel", dtype=dtype).to(device)
+        else:
+            model = empty_model(path, "CLIPTextModel", dtype=dtype)
+        return cls(model, load_tokenizer(tokenizer_path), max_length)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:

@@ -38,6 +38,12 @@ class TextEncoder:
         return int(self.model.config.hidden_size)
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the model; returns the encoder itself."""
-        self.model.to(device)
+        """Move the model, unless it has no weights; returns the encoder itself."""
+        if self.has_weights:
+            self.model.to(device)
         return self
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it can encode: on the meta device it only tells its sizes."""
+        return self.device.type != "meta"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hunyuan_fast.models.text.encoder import TextEncoder
-from hunyuan_fast.models.text.loading import load_model, load_tokenizer
+from hunyuan_fast.models.text.loading import empty_model, load_model, load_tokenizer
 from hunyuan_fast.models.text.template import PromptTemplate
 from hunyuan_fast.models.text.tokens import pad_right, token_ids, warn_truncated
 from hunyuan_fast.models.weights.errors import CheckpointError
@@ -54,17 +54,21 @@ class LLMTextEncoder(TextEncoder):
         skip_layer: int = 2,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        weights: bool = True,
     ) -> "LLMTextEncoder":
         """Load the model and the tokenizer from folders in transformers' format.
 
+        weights: False leaves the model without memory, on the meta device.
         Raises CheckpointError naming the folder when something is missing or does not fit.
         """
-        decoder = _decoder(load_model(path, "AutoModel", dtype=dtype))
+        decoder = _decoder((load_model if weights else empty_model)(path, "AutoModel", dtype=dtype))
         if decoder is None:
             raise CheckpointError(
                 f"{path}: holds no decoder-only language model; expected one like LlamaModel"
             )
-        return cls(decoder.to(device), load_tokenizer(tokenizer_path), template, skip_layer)
+        if weights:
+            decoder = decoder.to(device)
+        return cls(decoder, load_tokenizer(tokenizer_path), template, skip_layer)
 
     @torch.no_grad()
     def encode(

@@ -48,6 +48,29 @@ def load_model(path: Path, class_name: str, *, dtype: torch.dtype | None = None)
     return model.eval().requires_grad_(False)
 
 
+def empty_model(path: Path, class_name: str, *, dtype: torch.dtype | None = None) -> Any:
+    """The same model without memory, on the meta device: no file of weights is opened.
+
+    Raises as :func:`load_model` does where the configuration is missing or of no such model.
+    """
+    transformers = _transformers()
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path / 'config.json'}: missing; a text encoder is expected there")
+    loader = getattr(transformers, class_name)
+    own = getattr(loader, "config_class", None)
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with quiet(), torch.device("meta"):
+            if own is None:  # a class that looks for the right one
+                config = transformers.AutoConfig.from_pretrained(path, **options)
+                model = loader.from_config(config, trust_remote_code=False)
+            else:
+                model = loader(own.from_pretrained(path, **options))
+    except Exception as error:  # transformers has no base class for its errors
+        raise CheckpointError(f"{path}: cannot be loaded as a text encoder ({error})") from error
+    return model.to(dtype).eval().requires_grad_(False)
+
+
 def load_tokenizer(path: Path) -> Any:
     """Load a tokenizer from a folder.
 
