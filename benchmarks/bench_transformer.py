@@ -197,53 +197,43 @@ class _Model:
 
 
 def _denoise(clip: shapes.Tokens, source: Source, *, quick: bool = False) -> Case:
-    step, named = _Step(clip, source), by_name(source.device)
-    compiled = partial(_compiled, quick)
-    return _case(
-        DENOISE,
-        step,
-        ours=(
-            *_plain(step, step.ours),
-            _entrant(step, "hunyuan_fast compiled", partial(compiled, step.ours), named),
-        ),
-        peers=(
-            _peer(step, "diffusers", step.theirs),
-            _peer(step, "diffusers compiled", partial(compiled, step.theirs)),
-        ),
+    step, compiled = _Step(clip, source), partial(_compiled, quick)
+    ours = Entrant("hunyuan_fast compiled", partial(compiled, step.ours), _kernels(step))
+    peers = (
+        Peer("diffusers", step.theirs),
+        Peer("diffusers compiled", partial(compiled, step.theirs)),
     )
+    return _case(DENOISE, step, (*_plain(step, step.ours), ours), peers)
 
 
 def _denoise_fp8(clip: shapes.Tokens, source: Source) -> Case:
-    """Ours alone, in eight bits where it has them: other results, which are told and not judged."""
-    step, named = _Step(clip, source), by_name(source.device)
+    """Ours alone, in eight bits where it has them: other results by design."""
+    step = _Step(clip, source)
     ways = {
         "fp8 attention": {"fp8_attention": True},
         "fp8 weights": {"fp8_weights": True},
         "fp8 attention and weights": {"fp8_attention": True, "fp8_weights": True},
     }
     eight = (
-        replace(_entrant(step, name, partial(step.ours, **how), named), same=False)
+        Entrant(name, partial(step.ours, **how), _kernels(step), same=False)
         for name, how in ways.items()
     )
-    return _case(DENOISE_FP8, step, ours=(_plain(step, step.ours)[-1], *eight), peers=())
+    return _case(DENOISE_FP8, step, (_plain(step, step.ours)[-1], *eight), ())
 
 
 def _train(clip: shapes.Tokens, source: Source) -> Case:
-    step, named = _Step(clip, source), by_name(source.device)
-    again = {"checkpointing": True}
+    step, name = _Step(clip, source), "checkpointing"
+    ours, theirs = (
+        partial(f, checkpointing=True) for f in (step.trained_ours, step.trained_theirs)
+    )
     case = _case(
         TRAIN,
         step,
-        ours=(
+        (
             *_plain(step, step.trained_ours),
-            _entrant(
-                step, "hunyuan_fast checkpointing", partial(step.trained_ours, **again), named
-            ),
+            Entrant(f"hunyuan_fast {name}", ours, _kernels(step)),
         ),
-        peers=(
-            _peer(step, "diffusers", step.trained_theirs),
-            _peer(step, "diffusers checkpointing", partial(step.trained_theirs, **again)),
-        ),
+        (Peer("diffusers", step.trained_theirs), Peer(f"diffusers {name}", theirs)),
     )
     # It is asked for the shape and dtype of a velocity, nothing else.
     return replace(case, call=lambda latents, *_: latents.to(source.dtype))
@@ -251,8 +241,8 @@ def _train(clip: shapes.Tokens, source: Source) -> Case:
 
 def _case(function: str, step: _Step, ours: tuple[Entrant, ...], peers: tuple[Peer, ...]) -> Case:
     clip, source = step.clip, step.source
-    on_gpu = source.device.type == "cuda"
-    longest = clip.video >= shapes.CLIP_720P_129.video
+    on_gpu, longest = source.device.type == "cuda", clip.video >= shapes.CLIP_720P_129.video
+    judged = clip.video <= _JUDGED and (function != TRAIN or source.dtype == torch.float32)
     return Case(
         name=clip.name,
         function=function,
@@ -261,13 +251,18 @@ def _case(function: str, step: _Step, ours: tuple[Entrant, ...], peers: tuple[Pe
         inputs=step.inputs,
         call=lambda *tensors: step.ours()(*tensors),
         work=work(step, TRAINING if function == TRAIN else FORWARD),
-        ours=ours,
-        peers=peers,
+        ours=tuple(replace(each, same=each.same and judged) for each in ours),
+        peers=tuple(replace(each, same=judged) for each in peers),
         cold=False,  # the 13B model leaves no cache warm, and the miniature is used warm
         rounds=(_TWICE if longest else _FEW) if on_gpu else None,
-        once=longest,
+        once=on_gpu and longest,
         large=on_gpu,
     )
+
+
+def _kernels(step: _Step) -> Callable[[], AbstractContextManager[object]]:
+    """The best kernels, by name until all are verified."""
+    return by_name(step.source.device) or nullcontext
 
 
 def _plain(step: _Step, build: Callable[[], Call]) -> tuple[Entrant, ...]:
@@ -275,23 +270,11 @@ def _plain(step: _Step, build: Callable[[], Call]) -> tuple[Entrant, ...]:
 
     The reference, which then answers by itself, is no match for the longer clips.
     """
-    named = by_name(step.source.device)
-    without = [] if named and step.clip.video > _JUDGED else [Entrant("hunyuan_fast", build)]
-    by_its_name = [_entrant(step, "hunyuan_fast by name", build, named)] if named else []
-    return *without, *by_its_name
-
-
-def _entrant(
-    step: _Step,
-    name: str,
-    build: Callable[[], Call],
-    context: Callable[[], AbstractContextManager[object]] | None,
-) -> Entrant:
-    return Entrant(name, build, context or nullcontext, same=step.clip.video <= _JUDGED)
-
-
-def _peer(step: _Step, name: str, build: Callable[[], Call]) -> Peer:
-    return Peer(name, build, same=step.clip.video <= _JUDGED)
+    unasked, kernels = Entrant("hunyuan_fast", build), _kernels(step)
+    if kernels is nullcontext:
+        return (unasked,)
+    named = Entrant("hunyuan_fast by name", build, kernels)
+    return (unasked, named) if step.clip.video <= _JUDGED else (named,)
 
 
 def _compiled(quick: bool, build: Callable[..., Call]) -> Call:

@@ -116,9 +116,10 @@ def distances(m: Measurement) -> str | None:
 
 def cosines(m: Measurement) -> str | None:
     """How alike results are that are others by design."""
-    found = [f"{t.name} {t.cosine:.5f}" for t in m.timings if t.cosine is not None]
     first = next((t.name for t in m.timings if t.difference == 0), "the first")
-    return f"cosine to {first}: {', '.join(found)}" if found else None
+    told = [t for t in m.timings if t.cosine is not None and t.name != first]
+    found = (f"{t.name} {t.cosine:.5f} (difference {t.difference:.2g})" for t in told)
+    return f"cosine to {first}: {', '.join(found)}" if told else None
 
 
 def title_of(m: Measurement) -> str:

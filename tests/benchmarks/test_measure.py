@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.bench_fused_modulation import _case
+from benchmarks.kit import floor
 from benchmarks.kit.alternate import alternate
 from benchmarks.kit.case import (
     FORWARD,
@@ -23,11 +24,20 @@ from benchmarks.kit.case import (
 from benchmarks.kit.clock import HostClock
 from benchmarks.kit.contenders import OURS, PEER, Contender
 from benchmarks.kit.floor import COMPUTE, COPY, MATMUL, MEMORY, Probe, floor_probes, floors
-from benchmarks.kit.measure import Setting, Trial, best_peer, measure, relative_difference, timings
+from benchmarks.kit.measure import (
+    Setting,
+    Trial,
+    best_peer,
+    least_cosine,
+    measure,
+    relative_difference,
+    timings,
+)
 from benchmarks.kit.pairing import Entry, Rounds, Samples
 from benchmarks.kit.running import Bound, Inputs
 from benchmarks.kit.statistics import Spread
 from benchmarks.kit.summary import answering
+from benchmarks.kit.table import cosines
 from hunyuan_fast import dispatch
 
 OP = "fused_modulation"
@@ -298,6 +308,24 @@ def test_probes_do_the_work_that_they_claim():
     assert list(probes) == [COPY] and probes[COPY].amount == 1000
     probes = floor_probes(case, Work(1000, 1), CPU, copies=1)
     assert probes[MATMUL].amount == 2 * probes[MATMUL].entry.run().shape[0] ** 3
+
+
+def test_a_copy_is_not_larger_than_it_needs_to_be(monkeypatch):
+    monkeypatch.setattr(floor, "_MOST_COPIED", 4000)
+    probes = floor_probes(small(), Work(10**12), CPU, copies=1)
+    assert probes[COPY].amount == 4000
+    # the floor is that of all bytes nevertheless
+    assert floors(probes, {COPY: [2.0]}, Work(10**12)) == ([2.0 * 10**12 / 4000], MEMORY)
+
+
+def test_cosine_is_told_of_results_that_are_others_by_design():
+    m = measure(OP, small(peer("eager"), peer("other", wrong, same=False)), FORWARD, setting())
+    found = {t.name: t for t in m.timings}
+    assert found["other"].cosine == pytest.approx(1.0) and found["other"].difference > 0.05
+    assert found["eager"].cosine is None
+    assert cosines(m) == "cosine to reference: other 1.00000 (difference 0.1)"
+    turned = [torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0])]
+    assert least_cosine(turned, [torch.tensor([1.0, 0.0])] * 2) == pytest.approx(0.5**0.5)
 
 
 def test_relative_difference_is_of_the_worst_tensor():

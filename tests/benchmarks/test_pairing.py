@@ -80,6 +80,15 @@ def test_short_calls_are_repeated_until_a_sample_is_long_enough():
     assert samples.seconds["short"] == pytest.approx([0.001] * 10)
 
 
+def test_a_sample_has_as_many_calls_as_are_asked_for():
+    machine = FakeMachine()
+    entries = {name: Entry(machine.work(name, 0.5), calls=n) for name, n in (("a", 1), ("b", 20))}
+    clock = HostClock(now=machine.now, min_sample_seconds=0.01)
+    samples = paired_samples(entries, clock, Rounds(0.0, 1, 1), now=machine.now)
+    assert samples.calls == {"a": 1, "b": 20}
+    assert samples.seconds["b"] == pytest.approx([0.5])
+
+
 def test_contexts_are_entered_outside_of_the_clock():
     machine = FakeMachine()
 
