@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from hunyuan_fast import dispatch, ops
+from tests.kit import gpu
 
 Shapes = tuple[tuple[int, ...], ...]
 Results = tuple[Tensor, ...]
-HEADS, HEAD_DIM, WIDTH, CHANNELS, MOVED, TEXT = 2, 128, 256, 64, 4, 50
-BATCH, LENGTH = 3, 197
+HEAD_DIM, CHANNELS, MOVED = 128, 64, 4
+HEADS, WIDTH, TEXT = gpu.size((2, 256, 50), (1, 64, 3))
+BATCH, LENGTH = gpu.size((3, 197), (2, 40))
 OURS = ("cuda_impl", "triton_impl")
 
 
@@ -22,6 +24,7 @@ class Case(NamedTuple):
     shapes: of the differentiable tensors, by the number of samples and of tokens
     fixed: lengths, indices and tables on the device, by the same
     wide: which of the tensors are fp32
+    grows: how much larger than the largest of them the result is
     """
 
     op: str
@@ -30,6 +33,7 @@ class Case(NamedTuple):
     fixed: Callable[[int, int], tuple[Tensor, ...]] = lambda batch, length: ()
     wide: tuple[int, ...] = ()
     trained: bool = True
+    grows: int = 1
 
     def draw(
         self, generator: torch.Generator, batch: int = BATCH, length: int = LENGTH
@@ -72,7 +76,7 @@ def _packed(batch: int, length: int) -> tuple[int, ...]:
 
 
 def _maps(batch: int, length: int, frames: int = 3) -> tuple[int, ...]:
-    return batch, CHANNELS, frames, 5, length // 10
+    return batch, CHANNELS, frames, *gpu.size((5, length // 10), (2, length // 20))
 
 
 def _conv(batch: int, length: int, past: int = 0) -> Shapes:
@@ -107,7 +111,7 @@ def _tables(batch: int, length: int, without: int = 0) -> tuple[Tensor, ...]:
 
 
 def _windows(batch: int, length: int) -> tuple[Tensor, ...]:
-    rows = [[1, 1, 1], [1, 2, 3]]
+    rows = [[1, 1, 1], [1, 2, 3]][:HEADS]
     return torch.tensor(rows, dtype=torch.int32, device="cuda"), *_lengths(batch, length)
 
 
@@ -172,6 +176,7 @@ CASES = {
             x, weight, bias, factor=(2, 2, 2), past=past
         ),
         lambda b, n: _conv(b, n, past=1),
+        grows=8,
     ),
     "attention": Case(
         "rope3d_attention",

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from tests.kit import gpu
 from tests.kit.inputs import LAYOUTS, with_layout
-from tests.kit.memory import far_apart
+from tests.kit.memory import Fenced, far_apart
 from tests.ops.gpu_cases import BATCH, CASES, LENGTH, OURS, Case, who
 
 pytestmark = pytest.mark.gpu
-SHORT = gpu.size(LENGTH, 60)
 
 each_own = who(libraries=False)
 each_one = who(libraries=True)
@@ -36,32 +35,32 @@ def assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 
 @each_own
 def test_the_same_bits_at_every_run(name, case, device):
-    tensors, fixed = CASES[case].draw(device, length=SHORT), CASES[case].fixed(BATCH, SHORT)
+    tensors, fixed = CASES[case].draw(device), CASES[case].fixed(BATCH, LENGTH)
     gpu.assert_same_bits_at_every_run(lambda: CASES[case].run(name, tensors, fixed))
 
 
 @each_one
 def test_in_a_cuda_graph(name, case, device):
     """Forward and backward, with no word between host and device."""
-    tensors, fixed = CASES[case].draw(device, length=SHORT), CASES[case].fixed(BATCH, SHORT)
+    tensors, fixed = CASES[case].draw(device), CASES[case].fixed(BATCH, LENGTH)
     gpu.assert_a_graph_replays(lambda: CASES[case].run(name, tensors, fixed), tensors)
 
 
 @each_one
 @pytest.mark.parametrize("layout", [each for each in LAYOUTS if each != "expanded"])
 def test_layouts_do_not_matter(name, case, layout, device):
-    tensors, fixed = CASES[case].draw(device, length=SHORT), CASES[case].fixed(BATCH, SHORT)
+    tensors, fixed = CASES[case].draw(device), CASES[case].fixed(BATCH, LENGTH)
     expected = CASES[case].run(name, tensors, fixed)
     laid = [with_layout(t, layout) if t.dim() > 1 else t for t in tensors]
     assert_close(CASES[case].run(name, laid, fixed), expected)
 
 
 @each_own
-@pytest.mark.parametrize("sizes", [(0, 64), (2, 0)], ids=["no sample", "no token"])
-def test_nothing_gives_nothing(name, case, sizes, device):
-    tensors, fixed = CASES[case].draw(device, *sizes), CASES[case].fixed(*sizes)
+def test_no_samples_give_no_results(name, case, device):
+    """And gradients of zero of what samples share."""
+    tensors, fixed = CASES[case].draw(device, 0), CASES[case].fixed(0, LENGTH)
     for result in CASES[case].run(name, tensors, fixed):
-        assert not result.isnan().any()
+        assert not result.numel() or not result.any()
 
 
 def samples_of(each: Case, count: int, tensors: list[Tensor], which: slice) -> list[Tensor]:
@@ -73,9 +72,9 @@ def samples_of(each: Case, count: int, tensors: list[Tensor], which: slice) -> l
 def test_samples_past_two_to_the_31_apart(name, case, device):
     """Views with enormous strides: small calls that only 64-bit addresses can serve."""
     each = CASES[case]
-    tensors, fixed = each.draw(device, 2, SHORT), each.fixed(2, SHORT)
+    tensors, fixed = each.draw(device, 2, LENGTH), each.fixed(2, LENGTH)
     expected = each.run(name, tensors, fixed)
-    apart = gpu.size(2**31 + 64, 2**20)
+    apart = gpu.size(2**31 + 64, 2**16)
     far = [
         far_apart(t.shape, (apart, *t.stride()[1:]), t.dtype, t.device).copy_(t)
         if len(t) == 2
@@ -91,8 +90,8 @@ def test_tensors_past_two_to_the_31(name, case, device):
 
     Gradients of what samples share are sums over all of them, and are not compared.
     """
-    each, length = CASES[case], gpu.size(1024, 60)
-    of_samples = max(torch.Size(shape).numel() for shape in each.shapes(1, length))
+    each, length = CASES[case], gpu.size(1024, LENGTH)
+    of_samples = max(torch.Size(shape).numel() for shape in each.shapes(1, length)) * each.grows
     count = gpu.rows_past_two_to_the_31(of_samples)
     tensors, fixed = each.draw(device, count, length), each.fixed(count, length)
     whole = each.run(name, tensors, fixed)
@@ -102,6 +101,32 @@ def test_tensors_past_two_to_the_31(name, case, device):
         pairs = [(w[which], a) for w, a in zip(whole, alone, strict=True) if len(w) == count]
         assert pairs
         assert_close(*zip(*pairs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.int64], ids=str
+)
+def test_fresh_memory_is_poisoned(dtype):
+    """All tests of ops rely on it, and so do graphs: what is allocated in one is filled in it."""
+    x = torch.empty(1000, dtype=dtype, device="cuda")
+    others = (
+        x.new_empty(3, 5),
+        torch.empty_like(x),
+        torch.empty_strided((2, 3), (5, 1), device="cuda"),
+    )
+    for fresh in (x, *others):
+        poison = torch.nan if fresh.is_floating_point() else torch.iinfo(fresh.dtype).max
+        expected = torch.full_like(fresh, poison)
+        assert torch.equal(fresh.float(), expected.float()) or fresh.float().isnan().all()
+
+
+def test_a_fence_shows_what_is_written_beside_an_output():
+    fence = Fenced((3, 8), torch.bfloat16, gap=2, device="cuda")
+    fence.view.fill_(1)
+    fence.check()
+    fence.view.as_strided((3, 9), (10, 1)).fill_(1)
+    with pytest.raises(AssertionError, match="3 elements outside the output were written"):
+        fence.check()
 
 
 def test_every_op_is_held_to_it():

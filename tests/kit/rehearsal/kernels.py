@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +138,12 @@ def _libraries() -> None:
     from tests.ops import rope3d_attention_libraries as stand_ins
 
     stand_ins.install(_Wrapping())
+    for package in stand_ins._PACKAGES:
+        module = sys.modules[package]
+        for name, function in vars(module).copy().items():
+            if inspect.isfunction(function):
+                setattr(module, name, computed(function))
+    stand_ins.forget()
     library_impl._cuda_forward = computed(stand_ins.efficient_forward)
     library_impl._cuda_backward = computed(stand_ins.efficient_backward)
 
