@@ -105,6 +105,7 @@ def test_cases_of_a_gpu_have_a_budget_and_name_the_convolutions(function, monkey
         return partial(dispatch.use, "reference") if chosen.get("causal_conv3d") else None
 
     monkeypatch.setattr(bench_vae, "by_name", by_name)
+    monkeypatch.setattr(bench_vae, "_GPU_PROBE", bench_vae._QUICK_PROBE)
     network = bench_vae._Network(bench_vae._QUICK, torch.float32, CPU)
     case = bench_vae._gpu_case(function, shapes.Clip("quick", 5, 32, 32), network)
     monkeypatch.setattr(type(network.twin), function, out_of_memory)

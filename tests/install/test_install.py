@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.install import compile_once
 from tests.install.environments import (
     Environment,
     borrowed_packages,
@@ -39,6 +42,16 @@ print("modulation:", hunyuan_fast.report().answering("fused_modulation", "cpu"))
 """
 )
 NATIVE = HERE + "from hunyuan_fast import _C; print(_C.has_cuda, *_C.cuda_archs)"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _sources_are_compiled_once(tmp_path_factory) -> Iterator[None]:
+    """Every build runs CMake, and the compiler where it has not seen a source yet."""
+    launcher = (sys.executable, compile_once.__file__, tmp_path_factory.mktemp("compiled"))
+    argument = f"-DCMAKE_CXX_COMPILER_LAUNCHER={';'.join(map(str, launcher))}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CMAKE_ARGS", f"{os.environ.get('CMAKE_ARGS', '')} '{argument}'")
+        yield
 
 
 @pytest.fixture(scope="module")

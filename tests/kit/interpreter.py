@@ -2,14 +2,17 @@
 
 As shipped, it keeps bf16 and fp8 as unsigned integers and calculates with the bit patterns, cuts
 digits off where a GPU rounds to nearest, reads past the end of tensors in silence, and gives zeros
-for masked lanes that a GPU leaves undefined. ``install`` repairs all four; ``shuffled_programs``
-runs a grid in another order, to show programs that depend on each other.
+for masked lanes that a GPU leaves undefined. ``install`` repairs all four, and leaves out work
+without a result; ``shuffled_programs`` runs a grid in another order, to show programs that depend
+on each other.
 
 It still models one program at a time: races, barriers and approximate instructions stay invisible.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -54,6 +57,7 @@ def install() -> None:
     _undefine_masked_lanes()
     _guard_addresses()
     _count_with_scalars()
+    _spare_work()
     _Builder.hunyuan_fast_installed = True
 
 
@@ -278,6 +282,54 @@ def _guard_addresses() -> None:
 
     executor._init_args_hst = guarded_init_args
     executor.__call__ = guarded_call
+
+
+def _spare_work() -> None:
+    """Leave out what costs more than half of the time and changes nothing."""
+    builder = triton_interpreter.interpreter_builder
+    if not builder.options.debug:  # sums of integers would be checked, and nobody told
+        builder.options = replace(builder.options, sanitize_overflow=False)
+    _remember_numpy_dtypes()
+    _replace_the_language_once()
+
+
+def _remember_numpy_dtypes() -> None:
+    """Instead of a table made for every question."""
+    answer = triton_interpreter._get_np_dtype
+    known: dict[str, np.dtype] = {}
+
+    def remembered(dtype: Any) -> np.dtype:
+        scalar = dtype.scalar
+        name = "*" if isinstance(scalar, tl.pointer_type) else scalar.name
+        if name not in known:
+            known[name] = answer(scalar)
+        return known[name]
+
+    triton_interpreter._get_np_dtype = remembered
+
+
+def _replace_the_language_once() -> None:
+    """Once in a launch for functions that see the same modules, not in every call of a helper."""
+    executor = triton_interpreter.GridExecutor
+    replace_language, call = triton_interpreter._patch_lang, executor.__call__
+    replaced: set[frozenset[int]] = set()
+
+    @cache
+    def modules(fn: Callable) -> frozenset[int]:
+        return frozenset(id(x) for x in fn.__globals__.values() if x is tl or x is tl.core)
+
+    def replaced_once(fn: Callable) -> Any:
+        if modules(fn) in replaced:
+            return None  # what is replaced is restored at the end of the launch
+        replaced.add(modules(fn))
+        return replace_language(fn)
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        replaced.clear()
+        return call(self, *args, **kwargs)
+
+    triton_interpreter._patch_lang = replaced_once
+    executor.__call__ = launch
 
 
 def _tensors(args: list[Any]) -> Iterator[torch.Tensor]:

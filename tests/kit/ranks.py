@@ -24,6 +24,16 @@ import torch.distributed as dist
 
 MOST_RANKS = 4
 TIMEOUT = 180.0
+# What most functions import: one process does it, and the others are copies of that one.
+PRELOADED = (
+    "pytest",
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "hunyuan_fast.models",
+    "hunyuan_fast.trainer.loop",
+    "hunyuan_fast.pipelines",
+)
 
 
 class RankFailed(AssertionError):
@@ -69,7 +79,8 @@ class RankPool:
         self._workers, self._pipes = [], []
 
     def _start(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
         for rank in range(len(self._workers), count):
             ours, theirs = context.Pipe()
             root = str(Path(__file__).parents[2])

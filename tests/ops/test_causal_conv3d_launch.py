@@ -102,7 +102,8 @@ def test_programs_do_not_depend_on_their_order(generator):
         pytest.skip("needs Triton's interpreter")
     from tests.kit.interpreter import shuffled_programs
 
-    call = draw_call(generator, shape=(2, 3, 2, 1, 2), channels=140, past=2, dtype=torch.bfloat16)
+    sizes = {"shape": (2, 3, 2, 1, 2), "channels": 140, "kernel": (3, 1, 3)}
+    call = draw_call(generator, **sizes, past=2, dtype=torch.bfloat16)
     x, weight, _, stride, past, factor = call.arguments
 
     def results():
