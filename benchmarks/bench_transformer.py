@@ -62,7 +62,7 @@ _QUICK = replace(
 )
 _STEPS, _STEP, _GUIDANCE = 50, 10, 6.0  # one step of a whole video, somewhere in the middle
 _FEW = Rounds(budget=20.0, least=3, most=10)
-_TWICE = Rounds(budget=150.0, least=1, most=1)
+_TWICE = Rounds(budget=420.0, least=1, most=1)
 # Of longer clips, and of gradients in 16 bits, differences are told and judged by nobody: over so
 # many tokens of noise attention makes next to nothing, and some gradients are sums that cancel;
 # roundings make the rest.

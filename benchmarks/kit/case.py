@@ -96,7 +96,8 @@ class Case:
     alternating: on a CPU, also measured in turn with an operation of torch
     rounds: how long to measure where a call takes so long that this is not for the run to say; on
         a CPU the first call is then the only one before, on a GPU kernels are still compiled in it
-    once: a call takes so long that on a GPU, too, the first one is the only one before
+    once: a call takes so long that on a GPU, too, the first one is the only one before; and that
+        whoever comes when the budget of ``rounds`` is all but spent is not called at all
     large: the peak of memory is that of the first call, on a CPU too, where it must be large enough
         to be seen; no call is made for it alone
     conv3d: channels, frames, rows and columns of a 3D convolution of 3 x 3 x 3 taps, which is timed

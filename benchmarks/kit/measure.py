@@ -1,12 +1,13 @@
 """One pass of a case, from inputs to figures."""
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from benchmarks.kit import resident
 from benchmarks.kit.case import FORWARD, Case, Weighted
@@ -26,12 +27,13 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how long to measure."""
+    """Where and how long to measure. told: takes figures of long calls as soon as there are any."""
 
     device: torch.device
     clock: Clock
     rounds: Rounds
     seed: int = 0
+    told: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,16 @@ def relative_difference(results: Sequence[Tensor], expected: Sequence[Tensor]) -
 
 
 def least_cosine(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Cosine of the angle between a result and ``expected``, of the worst tensor."""
-    pairs = (
-        (a.float().flatten(), b.float().flatten()) for a, b in zip(results, expected, strict=True)
-    )
-    return min(float(cosine_similarity(a, b, dim=0)) for a, b in pairs)
+    """Cosine of the angle between a result and ``expected``, of the worst tensor; NaN for zeros."""
+
+    def dot(a: Tensor, b: Tensor) -> float:
+        return float((a.float() * b.float()).sum(dtype=torch.float64))
+
+    cosines = []
+    for result, truth in zip(results, expected, strict=True):
+        lengths = dot(result, result) * dot(truth, truth)
+        cosines.append(dot(result, truth) / lengths**0.5 if lengths > 0 else math.nan)
+    return min(cosines)
 
 
 def _try_out(
@@ -169,8 +176,13 @@ def _try_out(
     """Warm everyone up and let only those pass who compute the same."""
     trials: dict[str, Trial] = {}
     expected: list[Tensor] | None = None
+    start = time.monotonic()
     # The reference goes first, because the others are compared with it.
     for c in sorted(found, key=lambda c: c.name != REFERENCE):
+        spent = time.monotonic() - start
+        if case.once and _is_late(trials, spent, setting.rounds):
+            declined[c.name] = f"no time is left for it, after {spent:.0f} s"
+            continue
         try:
             result, trial = _try_one(case, what, setting, c, entries[c.name], expected)
         except Exception as failure:
@@ -187,7 +199,15 @@ def _try_out(
             declined[c.name] = f"computes something else: {told}"
         else:
             trials[c.name] = trial
+            if case.once:
+                setting.told(f"{c.name}: {trial.seconds:.2f} s at first")
     return trials
+
+
+def _is_late(trials: dict[str, Trial], spent: float, rounds: Rounds) -> bool:
+    """Whether a round of those who were called, and another two calls, would exceed the budget."""
+    seconds = [trial.seconds for trial in trials.values()]
+    return spent + sum(seconds) + 2 * max(seconds, default=0.0) > rounds.budget
 
 
 def _leave_out_slow(

@@ -42,7 +42,7 @@ def run(
     # Helpers that outlive a compilation would pass for neighbours, and may take a core.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     clock = clock_for(device, machine.cache_bytes())
-    setting = Setting(device, clock, QUICK if quick else THOROUGH)
+    setting = Setting(device, clock, QUICK if quick else THOROUGH, told=progress)
     source = machine.describe_source(op, command)
     neighbours = machine.Neighbours()
     clock.warm_up()

@@ -116,8 +116,8 @@ def distances(m: Measurement) -> str | None:
 
 def cosines(m: Measurement) -> str | None:
     """How alike results are that are others by design."""
+    told = [t for t in m.timings if t.cosine is not None and t.difference > 0]
     first = next((t.name for t in m.timings if t.difference == 0), "the first")
-    told = [t for t in m.timings if t.cosine is not None and t.name != first]
     found = (f"{t.name} {t.cosine:.5f} (difference {t.difference:.2g})" for t in told)
     return f"cosine to {first}: {', '.join(found)}" if told else None
 

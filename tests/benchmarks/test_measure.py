@@ -1,5 +1,6 @@
 """One measurement: who takes part, what is compared, and what the figures are relative to."""
 
+import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -39,6 +40,7 @@ from benchmarks.kit.statistics import Spread
 from benchmarks.kit.summary import answering
 from benchmarks.kit.table import cosines
 from hunyuan_fast import dispatch
+from tests.benchmarks.fakes import FakeMachine
 
 OP = "fused_modulation"
 CPU = torch.device("cpu")
@@ -324,8 +326,43 @@ def test_cosine_is_told_of_results_that_are_others_by_design():
     assert found["other"].cosine == pytest.approx(1.0) and found["other"].difference > 0.05
     assert found["eager"].cosine is None
     assert cosines(m) == "cosine to reference: other 1.00000 (difference 0.1)"
+    assert math.isnan(least_cosine([torch.ones(2)], [torch.zeros(2)]))
     turned = [torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0])]
     assert least_cosine(turned, [torch.tensor([1.0, 0.0])] * 2) == pytest.approx(0.5**0.5)
+
+
+def test_long_calls_are_told_at_once_and_stop_when_the_time_is_up(monkeypatch):
+    machine = FakeMachine()
+
+    def now():
+        machine.time += 1e-3  # so that nothing takes no time at all
+        return machine.time
+
+    monkeypatch.setattr("benchmarks.kit.measure.time.monotonic", now)
+
+    def slow(x, shift, scale):
+        machine.time += 100.0
+        return eager(x, shift, scale)
+
+    def entrant(kind, name):
+        return kind(name, lambda: slow)
+
+    told = []
+    clock = HostClock(now=now, cache_bytes=1, min_sample_seconds=0.0)
+    rounds = Rounds(budget=700.0, least=1, most=1)
+    case = replace(
+        small(*(entrant(Peer, name) for name in ("one", "two", "three"))),
+        arguments=None,
+        ours=(entrant(Entrant, "ours"),),
+        rounds=rounds,
+        once=True,
+    )
+    m = measure(OP, case, FORWARD, Setting(CPU, clock, rounds, told=told.append))
+    # Before the last one 300 s are spent; a round takes 300 more, and two calls of another one 200.
+    assert [t.name for t in m.timings] == ["ours", "one", "two"]
+    assert m.declined == {"three": "no time is left for it, after 300 s"}
+    assert told == [f"{name}: 100.00 s at first" for name in ("ours", "one", "two")]
+    assert all(t.rounds == 1 for t in m.timings)
 
 
 def test_relative_difference_is_of_the_worst_tensor():

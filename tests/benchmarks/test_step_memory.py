@@ -15,7 +15,7 @@ from benchmarks.transformer_twins import Source, Twins
 from hunyuan_fast.planning.layouts import Layout
 from hunyuan_fast.planning.memory import memory
 from hunyuan_fast.planning.work import released
-from hunyuan_fast.samplers import euler_step, shifted_sigmas
+from hunyuan_fast.samplers import integrate, shifted_sigmas
 
 CLIP = shapes.CLIP_720P_129
 # (B, L, E) of the longest clip in bf16
@@ -42,14 +42,17 @@ def test_a_ledger_counts_what_is_alive():
 def test_a_step_of_the_real_model_makes_neither_scores_nor_wide_copies_and_reads_no_value():
     few = Source(FEW_BLOCKS, HALF, META)
     model, (latents, *rest) = Twins(few).empty(), step_memory._inputs(CLIP, FEW_BLOCKS)
-    latents, sigmas = latents.float(), shifted_sigmas(50).to(META)
+    latents = latents.float()
     with Ledger([*model.parameters(), latents]) as ledger, torch.no_grad():
-        velocity = model(latents.to(HALF), *rest)
-        assert euler_step(latents, velocity, sigmas[0], sigmas[1]).shape == latents.shape
+
+        def velocity(x, timestep):
+            return model(x.to(HALF), timestep, *rest[1:])
+
+        assert integrate(velocity, latents, shifted_sigmas(2)).shape == latents.shape
     widest = 3 * 3072 + 12288  # the first layer of a single block
     assert ledger.largest.pop(HALF) == CLIP.joint * widest > 2**31
-    # of other dtypes nothing is larger than the rotary tables
-    assert max(ledger.largest.values()) == CLIP.video * 128
+    # of other dtypes nothing is larger than the rotary tables, which may have been made before
+    assert max(ledger.largest.values()) <= CLIP.video * 128
     # the input of a single block, its first layer, that of its last one, and q, k, v
     assert ledger.peak == pytest.approx((1 + 7 + 5 + 3) * VECTOR, rel=0.02)
 

@@ -1,5 +1,6 @@
 """The benchmark of whole steps: both models hold the same weights and compute the same thing."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -255,6 +256,30 @@ def test_a_gpu_compares_them_too():
         m = measure("transformer", once, what, setting)
         assert {"hunyuan_fast", "diffusers"} <= {t.name for t in m.timings}
         assert all(t.peak_mib > 0 for t in m.timings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [{}, {"fp8_attention": True}, {"fp8_weights": True}, None])
+def test_no_kernel_of_a_gpu_lets_the_host_wait(how):
+    """As users get it, and with the kernels by name; ``None`` stands for a training step."""
+    step = bench._Step(CLIP, Source(bench._QUICK, torch.bfloat16, GPU))
+    inputs = step.inputs(torch.Generator(GPU).manual_seed(0))
+    trained = step.trained_ours() if how is None else None
+    call = trained or step.ours(**how)
+
+    def run():
+        velocity = call(*inputs)
+        if trained:
+            torch.autograd.grad(velocity, trained.weights, velocity)
+
+    for kernels in (nullcontext, bench._kernels(step)):
+        with kernels(), torch.set_grad_enabled(trained is not None):
+            run()  # kernels are compiled
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 def test_entrants_are_named_once():
