@@ -276,6 +276,7 @@ def test_on_a_gpu(name, function, num_vectors, shape, dtype, generator):
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 @each_call
 def test_past_two_to_the_31_on_a_gpu(name, function, num_vectors, generator):
     x = torch.randn(1, 2**31 // 3072 + 9, 3072, device="cuda", dtype=torch.bfloat16)

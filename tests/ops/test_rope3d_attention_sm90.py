@@ -427,6 +427,7 @@ def test_in_a_cuda_graph(generator):
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 @on_a_hopper
 def test_past_two_to_the_31_on_a_gpu():
     """Tensors of more than 2^31 elements equal their parts: samples do not see each other."""
