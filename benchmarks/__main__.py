@@ -5,7 +5,8 @@ python -m benchmarks fused_modulation   some; the tests of each run first and mu
 python -m benchmarks vae --only 720p    some cases; the others keep their places in the result
 python -m benchmarks vae --missing      what the result at hand lacks, kept case by case
 python -m benchmarks --quick            small shapes, a few rounds: whether it works, not how fast
-python -m benchmarks --summary          render docs/performance.md from the committed results
+python -m benchmarks --summary          render docs/performance.md, and the table of
+                                        docs/gpu-notes.md, from the committed results
 python -m benchmarks --commit-ranking   put what "hunyuan-fast bench attention --tune" measured here
                                         into kernels/*/ranking.json and VERIFIED_ON
 """
@@ -92,17 +93,21 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _summarise() -> int:
+    from benchmarks.kit import predictions
     from benchmarks.kit.discover import ROOT
     from benchmarks.kit.record import RecordError
     from benchmarks.kit.summary import PAGE, committed_results, gpu_implementations, render
 
     try:
-        text = render(committed_results(), gpu_implementations())
+        results = committed_results()
+        text = render(results, gpu_implementations())
+        notes = predictions.page((ROOT / predictions.PAGE).read_text(), results)
     except (RuntimeError, RecordError) as error:
         _CONSOLE.print(f"[red]{error}[/]")
         return 1
     (ROOT / PAGE).write_text(text)
-    _CONSOLE.print(f"wrote {PAGE}")
+    (ROOT / predictions.PAGE).write_text(notes)
+    _CONSOLE.print(f"wrote {PAGE} and {predictions.PAGE}")
     return 0
 
 

@@ -54,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         state,
         seconds=options.minutes * 60,
         resume=options.resume,
-        side_by_side=max(1, min(6, machine.cores // 2)),
         say=lambda text: print(text, flush=True),
     )
     signal.signal(signal.SIGTERM, _interrupt)

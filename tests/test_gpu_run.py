@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tarfile
 import time
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -31,7 +33,7 @@ FILES = {
     "hunyuan_fast/__main__.py": "from stand_in import main; main()\n",
     "tests/__init__.py": "",
     "tests/native/sm90.cu": "",
-    "tests/sanitize.py": "",
+    "tests/sanitize.py": "from stand_in import main; main()\n",
     "tests/ops/test_gelu_tanh.py": "@pytest.mark.gpu\n",
     "tests/ops/test_gelu_tanh_faults.py": "",
     "tests/ops/test_causal_conv3d_cuda.py": "@pytest.mark.gpu\n",
@@ -142,7 +144,8 @@ def test_everything_in_order(checkout: Checkout) -> None:
     # the checkout has no room for attention, so nothing speaks for it
     assert found["tune attention"] == found["tune ranking"] == "skipped"
     assert {found[name] for name in order[:-3]} == {"green"}
-    assert sum(name.startswith(("memcheck", "racecheck", "synccheck")) for name in found) == 6
+    sanitized = [name.split()[0] for name in found if name.endswith(" causal_conv3d")]
+    assert sanitized[1:-1] == ["cases", "memcheck", "racecheck", "synccheck", "initcheck"]
     tests = [line for line in checkout.calls() if line.startswith("pytest")]
     assert all("-m gpu -x" in line and "faults" not in line for line in tests)
     assert "not (cuda_impl" in tests[1] and "-k cuda_impl or" in tests[2]
@@ -246,6 +249,53 @@ def test_who_is_interrupted_says_what_is_known(checkout: Checkout, number: int) 
     assert (found["test gelu_tanh"], found["test causal_conv3d"]) == ("green", "cut off")
 
 
+def test_a_sanitizer_that_is_informative_fails_nothing(checkout: Checkout) -> None:
+    red = {"says": "========= ERROR SUMMARY: 3 errors", "status": 33}
+    checkout.rules({"--tool synccheck": red, "--tool memcheck": {"says": CLEAN, "status": 33}})
+    done = checkout.run("--stages", "sanitize", "--only", "gelu_tanh")
+    found = checkout.verdicts()
+    assert done.returncode == 0 and "red (informative)" in done.stdout
+    assert (found["synccheck gelu_tanh"], found["memcheck gelu_tanh"]) == ("red", "green")
+    checkout.rules({"--tool racecheck": red, "sanitize.py causal": {"status": 1}})
+    assert checkout.run("--stages", "sanitize").returncode == 1
+    found = checkout.verdicts()
+    assert found["racecheck gelu_tanh"] == "red"
+    # where results are wrong, or the tool says nothing, it is not asked for more
+    assert found["cases causal_conv3d"] == "red"
+    assert found["memcheck causal_conv3d"] == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "verdict"),
+    [
+        (0, CLEAN, "green"),
+        (33, "========= RACECHECK SUMMARY: 4 hazards displayed (0 errors, 4 warnings)", "green"),
+        (33, "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", "red"),
+        (33, "========= ERROR SUMMARY: 1 error", "red"),
+        (1, CLEAN, "red"),
+        (0, "no summary at all", "red"),
+        (255, "========= Error: Device not supported. Please refer to the notes", "cannot"),
+    ],
+)
+def test_what_a_sanitizer_says(status: int, log: str, verdict: str) -> None:
+    assert gpu_run("verdicts").of_sanitizer(status, log)[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "verdict", "note"),
+    [
+        (0, "3 passed, 1 skipped, 9 deselected in 2.00s", "green", "3 passed, 1 skipped"),
+        (1, "1 failed, 2 passed in 2.00s\nleft over", "red", "1 failed, 2 passed"),
+        (5, "9 deselected in 0.10s", "nothing ran", "no tests"),
+        (0, "4 skipped in 1.00s", "nothing ran", "4 skipped"),
+        (1, "2 errors in 1.00s", "red", "2 error"),
+        (139, "Segmentation fault", "red", "status 139"),
+    ],
+)
+def test_what_pytest_says(status: int, log: str, verdict: str, note: str) -> None:
+    assert gpu_run("verdicts").of_tests(status, log) == (verdict, note)
+
+
 def test_what_was_skipped_has_not_run(checkout: Checkout) -> None:
     checkout.rules({"-k cuda_impl": {"says": "7 skipped, 3 deselected in 1s", "status": 0}})
     done = checkout.run("--stages", "test")
@@ -271,15 +321,10 @@ def test_a_module_of_these_sources_is_not_built_again(checkout: Checkout) -> Non
     checkout.run("--stages", "build")
     assert any(line.startswith("setup.py") for line in checkout.calls())
 
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import native_sources
-        from gpu_run import machine, steps
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
+    machine, steps = gpu_run("machine"), gpu_run("steps")
     here = machine.Machine(gpu="x", capability="9.0", cores=2, python="python", many=False)
     with pytest.MonkeyPatch.context() as patch:
-        built = {"sources": native_sources.digest(checkout.root), "archs": ("80", "90a")}
+        built = {"sources": steps.native_sources.digest(checkout.root), "archs": ("80", "90a")}
         patch.setattr(machine, "built_from", lambda _: (built["sources"], built["archs"]))
         build = steps.plan(checkout.root, here, checkout.root)[0]
         assert "is of these sources, for 80, 90a" in build.ready()
@@ -333,8 +378,15 @@ def test_every_test_that_needs_a_gpu_is_in_one_step() -> None:
         assert f"bench {op}" in names
     for name, _, _, inputs in steps:
         for file in inputs:
-            if not file.startswith("csrc/") and "sanitize" not in file:
+            if not file.startswith("csrc/"):
                 assert (ROOT / file).exists(), (name, file)
+
+
+def gpu_run(module: str) -> ModuleType:
+    """A module of the real script."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        return import_module(f"gpu_run.{module}")
 
 
 def gone(pid: int) -> bool:

@@ -36,13 +36,12 @@ class Runner:
         *,
         seconds: float = float("inf"),
         resume: bool = False,
-        side_by_side: int = 4,
         say: Callable[[str], None] = print,
     ) -> None:
         self._root, self._folder, self._state = root, folder, state
         self._start = time.monotonic()
         self._end = self._start + seconds
-        self._resume, self._side_by_side, self._tell = resume, side_by_side, say
+        self._resume, self._tell = resume, say
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._interrupted = threading.Event()
@@ -52,7 +51,7 @@ class Runner:
         try:
             for together, group in groupby(steps, key=lambda step: step.together or step.name):
                 several = list(group)
-                width = self._side_by_side if len(several) > 1 else 1
+                width = max(step.width for step in several)
                 with ThreadPoolExecutor(width, thread_name_prefix=together) as pool:
                     try:
                         list(pool.map(self._do, several))

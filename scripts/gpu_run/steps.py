@@ -34,6 +34,7 @@ _MEASURED_FIRST = (
 _OTHER_NAMES = {"norm_rope_attention": "rope3d_attention"}
 # Tests of what nvcc compiles: by implementation, or by file.
 _CUDA_TESTS = "cuda_impl or _sm90 or _cuda.py"
+CASES = "cases"  # what the tools look at, without them
 REQUIRED_TOOLS, MORE_TOOLS = ("memcheck", "racecheck"), ("synccheck", "initcheck")
 _SHARED = ("csrc/common", "hunyuan_fast/dispatch.py", "hunyuan_fast/ops", "tests/kit")
 
@@ -44,7 +45,7 @@ class Step:
 
     inputs: files and folders; a green verdict is about what they held
     unless_red: steps that must not be red.  after: steps that must have been done and not be red
-    together: neighbours with the same word here run side by side
+    together: neighbours with the same word here run side by side, ``width`` at a time
     absent: why it cannot be done here.  ready: asked first; what it says is why nothing is to do
     """
 
@@ -58,6 +59,7 @@ class Step:
     unless_red: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     together: str = ""
+    width: int = 1
     required: bool = True
     env: Mapping[str, str] = field(default_factory=dict)
     absent: str = ""
@@ -147,6 +149,7 @@ def _probes(root: Path, machine: Machine, out: Path) -> list[Step]:
                 limit=180,
                 inputs=(source, *more, "csrc/common"),
                 together="probe",
+                width=len(PROBES),
                 absent=absent,
             )
         )
@@ -156,8 +159,10 @@ def _probes(root: Path, machine: Machine, out: Path) -> list[Step]:
 def _tests(root: Path, machine: Machine, keep_going: bool) -> list[Step]:
     files = test_files(root)
     stop = () if keep_going else ("-x",)
-    # tests of one file may go to several processes: each compiles its own kernels
-    share = ("-n", "auto", "--dist", "load") if machine.many else ()
+    # a process compiles a kernel at a time: rooms run side by side, and each in several processes;
+    # tests that want the whole GPU wait for each other (tests/kit/turns.py)
+    workers = str(max(1, min(4, machine.cores // 2)))
+    share = ("-n", workers, "--dist", "load") if machine.many else ()
     quiet = ("-q", "--no-header", "-rfE", "-p", "no:cacheprovider")
     start = (machine.python, "-m", "pytest", "-m", "gpu", *stop, *quiet, *share)
     steps = []
@@ -181,6 +186,8 @@ def _tests(root: Path, machine: Machine, keep_going: bool) -> list[Step]:
                     judge=verdicts.of_tests,
                     inputs=inputs,
                     unless_red=(*((BUILD,) if suffix else ()), *_named("probe", probes)),
+                    together="test",
+                    width=max(1, machine.cores // 4),
                     absent="" if files.get(room) else "no test needs a GPU",
                 )
             )
@@ -194,27 +201,32 @@ def _sanitize(root: Path, machine: Machine) -> list[Step]:
         # what torch brings has barriers too, and the tool's own estimate has been too small
         *("--launch-timeout", "180", "--num-cuda-barriers", "1024", "--print-limit", "40"),
     )
-    return [
-        Step(
-            name=f"{tool} {room}",
-            stage="sanitize",
-            room=room,
-            commands=(
-                (program or "compute-sanitizer", "--tool", tool, *options)
-                + (machine.python, "-m", "tests.sanitize", room),
-            ),
-            limit=420,
-            judge=verdicts.of_sanitizer,
-            inputs=(*inputs_of(root, room), "tests/sanitize.py", "tests/sanitize_cases"),
-            unless_red=_named("probe", hopper_probes(root, room)),
-            together=tool,
-            required=tool in REQUIRED_TOOLS,
-            env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            absent="compute-sanitizer is not on the path" if program is None else "",
-        )
-        for tool in (*REQUIRED_TOOLS, *MORE_TOOLS)
-        for room in rooms(root)
-    ]
+    steps = []
+    # first without a tool, at full speed: results are right, and Triton's cache is filled
+    for tool in (CASES, *REQUIRED_TOOLS, *MORE_TOOLS):
+        alone = tool == CASES
+        under = () if alone else (program or "compute-sanitizer", "--tool", tool, *options)
+        for room in rooms(root):
+            probes = _named("probe", hopper_probes(root, room))
+            steps.append(
+                Step(
+                    name=f"{tool} {room}",
+                    stage="sanitize",
+                    room=room,
+                    commands=((*under, machine.python, "-m", "tests.sanitize", room),),
+                    limit=420,
+                    judge=verdicts.of_command if alone else verdicts.of_sanitizer,
+                    inputs=(*inputs_of(root, room), "tests/sanitize.py", "tests/sanitize_cases"),
+                    unless_red=probes if alone else (*probes, f"{CASES} {room}"),
+                    together=tool,
+                    # a tool finds ten ports for all that run at a time
+                    width=max(1, min(6, machine.cores // 2)),
+                    required=tool not in MORE_TOOLS,
+                    env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                    absent="" if alone or program else "compute-sanitizer is not on the path",
+                )
+            )
+    return steps
 
 
 def _bench(root: Path, machine: Machine, out: Path) -> list[Step]:
