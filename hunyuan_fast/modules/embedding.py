@@ -52,7 +52,9 @@ def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid) -> Tensor:
     blocks = tokens.unflatten(2, (-1, *patch_size)).unflatten(
         1, grid
     )  # (B, t, h, w, C, pt, ph, pw)
-    return blocks.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    sizes = [count * size for count, size in zip(grid, patch_size, strict=True)]
+    # one reshape, whose copy is no view: what a sharded model returns must not be one
+    return blocks.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(tokens.shape[0], -1, *sizes)
 
 
 def sinusoidal_embedding(values: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:

@@ -1,5 +1,6 @@
 """What ranks with parted states compute, keep and send, against one process that does it all."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -200,6 +201,17 @@ def infer(sizes: dict[str, Any]) -> dict[str, Any]:
         "asked": asked,
         "after": gathered(model),
     }
+
+
+def warned(layout: dict[str, Any]) -> list[str]:
+    """What is warned of in a step of this rank."""
+    team, model = Team.of(Layout(**layout), CPU), transformer()
+    assert team.mesh is not None
+    shard_states(model, team.mesh, team.layout)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        loss_of(model, 0, team)[0].backward()
+    return [str(warning.message) for warning in found]
 
 
 def in_bfloat16() -> dict[str, Any]:

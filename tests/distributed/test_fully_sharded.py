@@ -91,6 +91,11 @@ def test_weights_gathered_in_bfloat16(ranks: RankPool) -> None:
         assert found == {"same": True, "dtypes": {torch.float32}}
 
 
+@pytest.mark.parametrize("zero", [2, 3])
+def test_nothing_is_warned_of(ranks: RankPool, zero: int) -> None:
+    assert ranks.run(2, cases.warned, {"dp": 2, "zero": zero}) == [[], []]
+
+
 def refuse() -> None:
     layout = Layout(dp=2, zero=1)
     mesh = build_mesh(layout, "cpu")

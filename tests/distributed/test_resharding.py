@@ -1,5 +1,6 @@
 """Checkpoints know nothing of layouts: saved on some ranks, loaded on others, the same bits."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,7 +12,9 @@ from torch.distributed import group
 
 from hunyuan_fast.distributed.collectives import size_of
 from hunyuan_fast.distributed.mesh import Layout, build_mesh
+from hunyuan_fast.distributed.wholes import Wholes, local_of
 from hunyuan_fast.models import HunyuanVideoTransformer
+from hunyuan_fast.models.dit.fully_sharded import shard_states
 from hunyuan_fast.models.dit.resharding import Resharding, load_pretrained, save_pretrained
 from hunyuan_fast.models.dit.tensor_parallel import parallelize_tensors
 from hunyuan_fast.models.weights import CheckpointError, folder, sources
@@ -22,18 +25,38 @@ from tests.models.weights.cases import bits, write_official_transformer
 
 SHARDS = 40_000  # bytes: several files
 CASE: dict[str, Any] = {"size": (1, 2, 14), "text_lengths": (3,), "text_length": 3}
-WRITERS = ({"tp": 4}, {"tp": 2, "dp": 2})
+WRITERS = ({"tp": 4}, {"tp": 2, "dp": 2}, {"dp": 2, "tp": 2, "zero": 3})
 READERS = (({"tp": 2}, True), ({"tp": 4}, False), ({"tp": 3}, False))
 
 
-def saved(sizes: dict[str, int], path: str, layout: Any = "native", fp8: bool = False) -> None:
-    """Save a model from a layout, without waiting for the disk."""
+def saved(
+    sizes: dict[str, int], path: str, layout: Any = "native", fp8: bool = False
+) -> tuple[int, int]:
+    """Save a model from a layout, without waiting for the disk.
+
+    Returns how many tensors were gathered, and how many of them were in memory at a time.
+    """
     model, mesh = transformer(), build_mesh(Layout(**sizes), "cpu")
     if fp8:
         quantize_linears(model)
-    parallelize_tensors(model, mesh)
-    with mock.patch.object(folder, "_sync"):
+    if sizes.get("tp", 1) > 1:
+        parallelize_tensors(model, mesh)
+    if sizes.get("zero"):
+        shard_states(model, mesh, Layout(**sizes))
+    own = {local_of(x).untyped_storage()._cdata for x in model.state_dict().values()}
+    gather, gathered, most = Wholes.gather, [], 0
+
+    def counted(wholes: Wholes, name: str, x: Tensor) -> Tensor:
+        nonlocal most
+        whole = gather(wholes, name, x)
+        if whole.untyped_storage()._cdata not in own:
+            gathered.append(weakref.ref(whole.untyped_storage()))
+        most = max(most, sum(storage() is not None for storage in gathered))
+        return whole
+
+    with mock.patch.object(folder, "_sync"), mock.patch.object(Wholes, "gather", counted):
         save_pretrained(model, mesh, path, layout=layout, max_shard_bytes=SHARDS)
+    return len(gathered), most
 
 
 def loaded(sizes: dict[str, int], path: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -128,9 +151,14 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_saved_knows_no_layout(
     ranks: RankPool, alone: Path, tmp_path: Path, sizes: dict[str, int]
 ) -> None:
-    ranks.run(Layout(**sizes).world_size, saved, sizes, str(tmp_path / "many"))
+    found = ranks.run(Layout(**sizes).world_size, saved, sizes, str(tmp_path / "many"))
     assert len(contents(alone)) > 4
     assert contents(tmp_path / "many") == contents(alone)
+    parted = "zero" in sizes
+    for rank, (gathered, most) in enumerate(found):
+        # the second copy of what lies on each process whole has nothing to do
+        takes_part = parted or rank < sizes["tp"]
+        assert (gathered > 10, most) == (takes_part, int(takes_part))
 
 
 @pytest.mark.parametrize(("sizes", "verify"), READERS, ids=str)

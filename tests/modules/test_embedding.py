@@ -36,7 +36,9 @@ def test_unpatchify_undoes_patchify(generator, patch_size):
     grid = (2, 3, 4)
     sizes = [n * p for n, p in zip(grid, patch_size, strict=True)]
     video = torch.randn(2, 3, *sizes, generator=generator)
-    assert torch.equal(unpatchify(patchify(video, patch_size), grid, patch_size), video)
+    found = unpatchify(patchify(video, patch_size), grid, patch_size)
+    assert torch.equal(found, video)
+    assert found._base is None and found.is_contiguous()
 
 
 def test_sinusoid_reference_values():

@@ -6,21 +6,23 @@ a single process. So it can be read by any number of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from hunyuan_fast.distributed.collectives import all_gather_parts, all_reduce_sum
 from hunyuan_fast.distributed.mesh import group_of
+from hunyuan_fast.distributed.wholes import Wholes
 from hunyuan_fast.models.dit.model import HunyuanVideoTransformer
 from hunyuan_fast.models.dit.tensor_parallel import parallelize_tensors
 from hunyuan_fast.models.weights.errors import CheckpointError
-from hunyuan_fast.models.weights.loader import without_memory
-from hunyuan_fast.modules.fp8 import FP8, replace_linears
+from hunyuan_fast.models.weights.writer import save_one_by_one, taken_in_order
+from hunyuan_fast.modules.fp8 import FP8
 
 
 class Resharding:
@@ -59,10 +61,12 @@ class Resharding:
         self._check(name, tensor, cut.dim, sum(cut.parts))
         return cut.take(tensor.detach())
 
-    def state_dict(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors one after the other; every process of the group must take them all."""
-        for name, tensor in tensors.items():
-            yield name, self.to_canonical(name, tensor)
+    def whole_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the whole, from that of what this process holds."""
+        whole, cut = list(shape), self.cuts.get(name)
+        if cut is not None:
+            whole[cut.dim] = sum(cut.parts)
+        return tuple(whole)
 
     def _check(self, name: str, tensor: Tensor, dim: int, size: int) -> None:
         if tensor.dim() <= dim or tensor.shape[dim] != size:
@@ -71,25 +75,32 @@ class Resharding:
             )
 
 
-def whole_transformer(
-    transformer: HunyuanVideoTransformer, *, keep: bool = True
-) -> HunyuanVideoTransformer | None:
-    """The model of a single process, on the CPU; every process of the group must call this.
+class _Gathered:
+    """Whole tensors of a model one after the other; the processes that hold parts all take part.
 
-    keep: whether this process wants it; the others return None
+    forms: tensors like them on the meta device    parted: whether "data" holds parts of them
     """
-    resharding, state = Resharding(transformer), {}
-    for name, tensor in resharding.state_dict(transformer.state_dict()):
-        if keep:
-            state[name] = tensor.cpu()
-    if not keep:
-        return None
-    with without_memory():
-        whole = HunyuanVideoTransformer.from_config(transformer.config)
-    quantized = [name for name, tensor in state.items() if tensor.dtype == FP8]
-    replace_linears(whole, [name.removesuffix(".weight") for name in quantized])
-    whole.load_state_dict(state, assign=True)
-    return whole.train(transformer.training)
+
+    def __init__(self, transformer: HunyuanVideoTransformer) -> None:
+        resharding, self._state = Resharding(transformer), transformer.state_dict()
+        self._wholes = Wholes(transformer, resharding)
+        self.parted = any(isinstance(x, DTensor) for x in self._state.values())
+        self.forms = {
+            name: torch.empty(resharding.whole_shape(name, x.shape), dtype=x.dtype, device="meta")
+            for name, x in self._state.items()
+        }
+        rules = HunyuanVideoTransformer.checkpoint_names().rules(transformer.config)
+        self._names = iter(taken_in_order(self.forms, rules))
+
+    def take(self, name: str) -> Tensor:
+        """The next one."""
+        assert next(self._names) == name, "all processes go through the names in one order"
+        return self._wholes.gather(name, self._state[name])
+
+    def finish(self) -> None:
+        """Take part in gathering what nobody here has taken."""
+        for name in self._names:
+            self._wholes.gather(name, self._state[name])
 
 
 def save_pretrained(
@@ -102,20 +113,31 @@ def save_pretrained(
 ) -> None:
     """``transformer.save_pretrained`` of a single process, called by all processes of the mesh.
 
-    The first one writes, tensor by tensor what the others send it; it needs room for the whole
-    model in host memory. All return when the folder is there.
+    The first one writes, tensor by tensor, what all of them gather: one whole tensor at a time is
+    in its memory, or two where one is the scale of the other. All return when the folder is there.
     Raises CheckpointError on every process when it could not be written.
     """
     data, shards = group_of(mesh, "data"), group_of(mesh, "tp")
     first_copy = data is None or data.rank() == 0
     writes = first_copy and (shards is None or shards.rank() == 0)
     failure: Exception | None = None
-    whole = whole_transformer(transformer, keep=writes) if first_copy else None
-    if whole is not None:
+    gathered = _Gathered(transformer)
+    if writes:
         try:
-            whole.save_pretrained(path, layout=layout, max_shard_bytes=max_shard_bytes)
+            save_one_by_one(
+                gathered.forms,
+                gathered.take,
+                path,
+                config=transformer.config,
+                component=HunyuanVideoTransformer.component,
+                names=HunyuanVideoTransformer.checkpoint_names(),
+                layout=layout,
+                max_shard_bytes=max_shard_bytes,
+            )
         except Exception as error:
             failure = error
+    if first_copy or gathered.parted:
+        gathered.finish()
     failed = torch.tensor([int(failure is not None)], device=mesh.device_type)
     for group in (shards, data):
         failed = failed if group is None else all_reduce_sum(failed, group)

@@ -13,7 +13,7 @@ import torch
 
 from hunyuan_fast.models import HunyuanVideoTransformer
 from hunyuan_fast.models.weights import CheckpointError, atomic_folder
-from hunyuan_fast.models.weights import writer as writer_module
+from hunyuan_fast.models.weights.streamed import TensorsFile
 from tests.models.weights.cases import assert_same_weights, random_transformer, random_vae
 
 load = HunyuanVideoTransformer.from_pretrained
@@ -71,15 +71,15 @@ def test_an_interrupted_save_leaves_the_earlier_one(
     first = random_transformer(generator)
     first.save_pretrained(tmp_path / "m")
     calls = []
-    original = writer_module.save_file
+    original = TensorsFile.write
 
-    def interrupted(*args: object, **options: object) -> None:
+    def interrupted(file: TensorsFile, name: str, tensor: torch.Tensor) -> None:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 9:
             raise error("interrupted")
-        original(*args, **options)
+        original(file, name, tensor)
 
-    monkeypatch.setattr(writer_module, "save_file", interrupted)
+    monkeypatch.setattr(TensorsFile, "write", interrupted)
     with pytest.raises(error):
         random_transformer(generator).save_pretrained(tmp_path / "m", max_shard_bytes=50_000)
     with pytest.raises(error):
