@@ -69,6 +69,7 @@ class Plugin:
         with Device():
             return (yield)
 
+    @pytest.hookimpl(trylast=True)  # of what -k has left
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
