@@ -53,6 +53,12 @@ def contenders(
     return [*found, *peers], {**declined, **without}
 
 
+def first_line(failure: Exception) -> str:
+    """What to say of a contender that failed."""
+    lines = str(failure).strip().splitlines() or [""]
+    return f"{type(failure).__name__}: {lines[0]}"[:200]
+
+
 def _built(kind: str, entrants: Iterable[Entrant]) -> tuple[list[Contender], dict[str, str]]:
     found, declined = [], {}
     for each in entrants:
@@ -60,6 +66,11 @@ def _built(kind: str, entrants: Iterable[Entrant]) -> tuple[list[Contender], dic
             call = each.build()
         except Unavailable as reason:
             declined[each.name] = str(reason)
+            continue
+        except Exception as failure:  # others' packages, and compilers, may raise anything
+            if kind == OURS:
+                raise
+            declined[each.name] = first_line(failure)
             continue
         made = Contender(each.name, kind, call, each.context, may_fail=True, same=each.same)
         found.append(made)

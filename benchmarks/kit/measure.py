@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.kit import resident
 from benchmarks.kit.case import FORWARD, Case, Weighted
 from benchmarks.kit.clock import MIB, Clock
-from benchmarks.kit.contenders import OURS, PEER, REFERENCE, Contender, contenders
+from benchmarks.kit.contenders import OURS, PEER, REFERENCE, Contender, contenders, first_line
 from benchmarks.kit.floor import CONV3D, COPY, MATMUL, floor_probes, floors
 from benchmarks.kit.pairing import Entry, Rounds, Samples, paired_samples
 from benchmarks.kit.record import Measurement, Timing
@@ -189,7 +189,7 @@ def _try_out(
             # Peers and compilers may raise anything, and the others can still be measured.
             if not c.may_fail:
                 raise
-            declined[c.name] = _first_line(failure)
+            declined[c.name] = first_line(failure)
             continue
         expected = result if expected is None else expected
         if c.same and not trial.difference <= _TOLERANCE[case.dtype]:
@@ -272,8 +272,3 @@ def _kept_mib(contender: Contender, what: str, run: Bound) -> float | None:
 
 def _times(x: Spread, factor: float) -> Spread:
     return Spread(x.median * factor, x.low * factor, x.high * factor)
-
-
-def _first_line(failure: Exception) -> str:
-    lines = str(failure).strip().splitlines() or [""]
-    return f"{type(failure).__name__}: {lines[0]}"[:200]

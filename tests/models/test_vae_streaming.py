@@ -196,7 +196,8 @@ def test_offload_on_a_gpu(generator):
     vae = tiny_vae(generator).requires_grad_(False).to("cuda")
     z = torch.randn(2, 4, 5, 3, 3, generator=generator).cuda()
     expected = vae.decode(z)
-    budget = least_budget("decode", vae.config, z.shape, torch.float32, offload=True)
+    options = {"offload": True, "device": "cuda"}
+    budget = least_budget("decode", vae.config, z.shape, torch.float32, **options)
     close(vae.decode(z, budget, offload=True), expected, 1e-3)
     close(vae.decode(z, "1GiB"), expected, 1e-3)
 

@@ -108,10 +108,12 @@ def _count(rows: slice) -> int:
     return rows.stop - rows.start
 
 
-def _dense(x: Tensor) -> Sequences:
-    batch, length = x.shape[:2]
-    rows = [slice(i * length, (i + 1) * length) for i in range(batch)]
-    return sequences(rows, rows)
+def _dense(x: Tensor, keys: Tensor | None = None) -> Sequences:
+    found = []
+    for each in (x, x if keys is None else keys):
+        batch, length = each.shape[:2]
+        found.append([slice(i * length, (i + 1) * length) for i in range(batch)])
+    return sequences(*found)
 
 
 def _flat(*tensors: Tensor) -> list[Tensor]:
@@ -204,7 +206,7 @@ def efficient_forward(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     a = bound(torch.ops.aten._efficient_attention_forward.default, args, kwargs)
     assert a.bias is None and a.compute_log_sumexp and not a.custom_mask_type and not a.dropout_p
     length = a.query.shape[1]
-    rows = _dense(a.query)
+    rows = _dense(a.query, a.key)
     if a.cu_seqlens_q is not None:
         assert a.query.shape[0] == 1
         rows = _ragged(a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k)
@@ -220,7 +222,7 @@ def efficient_backward(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     a = bound(torch.ops.aten._efficient_attention_backward.default, args, kwargs)
     assert a.bias is None and not a.custom_mask_type and not a.dropout_p
     assert not a.bias_requires_grad and a.logsumexp.shape[-1] % 32 == 0
-    rows = _dense(a.query)
+    rows = _dense(a.query, a.key)
     if a.cu_seqlens_q is not None:
         assert a.query.shape[0] == 1
         rows = _ragged(a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k)

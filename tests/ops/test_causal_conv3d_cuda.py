@@ -309,7 +309,7 @@ def test_layers_on_a_gpu(case, dtype, generator):
 @hopper
 @pytest.mark.parametrize("past", [None, 2])
 def test_a_residual_on_a_gpu(past, generator):
-    shape = gpu.size((2, 128, 3, 17, 33), (1, 64, 1, 3, 5))
+    shape = gpu.size((2, 128, 3, 17, 33), (1, 64, 3, 2, 3))
     options = {"shape": shape, "channels": 192, "past": past}
     call = draw(generator, options).map(torch.Tensor.cuda)
     residual = torch.randn(call.dy.shape, generator=generator).cuda().bfloat16()

@@ -136,7 +136,7 @@ def test_activation_and_residual(past, generator):
 @each_dtype
 @pytest.mark.parametrize("cases", [FORWARD, BACKWARD, WHOLE], ids=["forward", "backward", "whole"])
 def test_on_a_gpu(cases, dtype, generator):
-    for options in gpu.size([*cases.values()], [*cases.values()][:2]):
+    for options in gpu.size([*cases.values()], [*cases.values()][-1:]):
         call = draw_call(generator, dtype=dtype, **options).map(torch.Tensor.cuda)
         results = run("triton_impl", call)
         assert_right(results, call)

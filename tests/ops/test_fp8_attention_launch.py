@@ -162,4 +162,4 @@ def test_a_long_sequence_on_a_gpu():
     call = call.map(lambda x: x.cuda())
     out = impl.forward(*call.arguments)
     cosine, relative = errors(out, call)
-    assert cosine > 0.9999 and relative < 0.01
+    assert cosine > 0.9999 and relative < gpu.size(0.01, 0.02)  # fewer keys cancel less

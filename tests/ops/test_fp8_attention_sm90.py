@@ -304,4 +304,4 @@ def test_a_long_sequence_on_a_gpu(impl, generator):
     length = gpu.size(6000, 200)
     call = drawn(generator, length, (length - 3,), outliers=10.0).map(lambda x: x.cuda())
     cosine, relative = errors(impl.forward(*call.arguments), call)
-    assert cosine > 0.9999 and relative < 0.01
+    assert cosine > 0.9999 and relative < gpu.size(0.01, 0.02)  # fewer keys cancel less

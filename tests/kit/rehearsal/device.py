@@ -26,6 +26,8 @@ _INDEXING |= {_aten._index_put_impl_.default, _aten._unsafe_index.Tensor}
 _WAITS = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default}
 _WAITS |= {_aten.equal.default, _aten._unique2.default, _aten.repeat_interleave.Tensor}
 
+_STRICT = {_aten.cat.default, _aten.stack.default, _aten.equal.default}
+
 _true_device = torch._C.TensorBase.device.__get__
 
 
@@ -142,9 +144,9 @@ def _check(func: Any, tensors: list[Tensor], here: list[bool], kwargs: dict[str,
     if func in _INDEXING and here[0]:
         waits(str(func))
         return
+    # numbers of the host go along with tensors of the device
     strangers = [x for x, its in zip(tensors, here, strict=True) if not its and x.dim()]
-    # a number on the device beside tensors of the host is a mistake as well
-    if strangers or not any(its and x.dim() for x, its in zip(tensors, here, strict=True)):
+    if strangers or func in _STRICT:
         shapes = [tuple(x.shape) for x in tensors]
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, "

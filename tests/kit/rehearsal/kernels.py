@@ -36,7 +36,7 @@ def launch(function: Callable) -> Callable:
     @functools.wraps(function)
     def launched(*args: Any, **kwargs: Any) -> Any:
         def run() -> Any:
-            with hidden():
+            with hidden(), torch.no_grad():
                 return function(*args, **kwargs)
 
         result = run()
@@ -108,9 +108,13 @@ def _native() -> None:
         for name in (each for each in dir(kind) if each.endswith("_hopper")):
 
             def call(*args: Any, kind: type = kind, name: str = name) -> Any:
-                return getattr(made(kind), name)(*args)
+                if kind is RealSources and getattr(args[0], "dtype", None) == torch.float16:
+                    pytest.skip("the emulated convolution computes in bfloat16")
+                # what is written back is not seen by autograd, as where a kernel writes
+                plain = [x.data if isinstance(x, torch.Tensor) else x for x in args]
+                return getattr(made(kind), name)(*plain)
 
-            setattr(_C, name, call if "_size_" in name or "_workspace_" in name else launch(call))
+            setattr(_C, name, launch(call))
     _C.fused_modulation_forward_cuda = launch(_modulation_forward)
     _C.fused_modulation_backward_cuda = launch(_modulation_backward)
 

@@ -60,7 +60,7 @@ def install(set_attribute: Callable[[Any, str, Any], None]) -> None:
     set_attribute(Tensor, "is_cpu", property(lambda x: _device(x).type == "cpu"))
     set_attribute(Tensor, "get_device", lambda x: 0 if x.is_cuda else -1)
     set_attribute(Tensor, "to", _moved)
-    set_attribute(Tensor, "cuda", lambda x, device="cuda", **more: _moved(x, device, **more))
+    set_attribute(Tensor, "cuda", _to_cuda)
     set_attribute(Tensor, "cpu", lambda x, **more: _moved(x, CPU, **more))
     set_attribute(Tensor, "pin_memory", lambda x: x.clone())
     set_attribute(Tensor, "record_stream", lambda x, stream: None)
@@ -164,6 +164,10 @@ def _moved(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     result = _to(x, dtype=dtype, copy=True, memory_format=layout)
     place(result, target == CUDA)
     return result
+
+
+def _to_cuda(x: Tensor, device: Any = None, **options: Any) -> Tensor:
+    return _moved(x, CUDA if device is None else device, **options)
 
 
 def _of_the_host(function: Callable) -> Callable:
