@@ -47,8 +47,15 @@ class SlidingTiles:
         )
 
     def of_heads(self, heads: slice, q: Tensor) -> "SlidingTiles":
-        """The same for some of the heads of q (B, L, N, D), on its device."""
-        return SlidingTiles(self.grid, self.tile, _read_windows(self.windows, q)[heads])
+        """The same for some of the heads of q (B, L, N, D), on its device.
+
+        Raises TypeError or ValueError for what is wrong with any head: whoever takes the others
+        learns it as well.
+        """
+        windows = _read_windows(self.windows, q)
+        if not torch.compiler.is_compiling():
+            _check_windows(windows)
+        return SlidingTiles(self.grid, self.tile, windows[heads])
 
 
 def sliding_tile_attention(
@@ -238,5 +245,10 @@ def _as_rows(windows: Any) -> list[list[int]]:
 def _check_values(q: Tensor, k: Tensor, v: Tensor, windows: Tensor, *rest: Any) -> None:
     """What only a kernel may look at, on a CPU."""
     check_lengths(rest[2], q.shape[1])
+    _check_windows(windows)
+
+
+def _check_windows(windows: Tensor) -> None:
+    """At least one tile along each axis; windows on a GPU are not looked at."""
     if windows.device.type == "cpu" and windows.numel() and int(windows.min()) < 1:
         raise ValueError(f"windows must be at least 1 tile along each axis, got {windows.tolist()}")

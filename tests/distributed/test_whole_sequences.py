@@ -124,6 +124,7 @@ def refused() -> list[str]:
         {**by_ring, "pattern": pattern()},
         {**by_heads, "fp8": True, "pattern": pattern()},
         {**by_heads, "pattern": few},
+        {**by_heads, "pattern": SlidingTiles(GRID, TILE, torch.arange(9).view(3, 3))},
     ]
     messages = []
     for call in calls:
@@ -134,11 +135,12 @@ def refused() -> list[str]:
 
 
 def test_refusals(ranks: RankPool) -> None:
-    for in_ring, around, both, few in ranks.run(2, refused):
+    for in_ring, around, both, few, none in ranks.run(2, refused):
         assert "attention precision must be 'same' where tokens go round a ring" in in_ring
         assert "attention must be 'dense', without windows" in around and "ulysses = cp" in around
         assert "pattern must be None with fp8" in both
         assert "windows must be (N, 3) = (3, 3), got (2, 3)" in few
+        assert "windows must be at least 1 tile" in none  # also who has the other heads says so
 
 
 MODELS: dict[str, tuple[int, dict[str, Any]]] = {
