@@ -199,8 +199,8 @@ def test_no_more_memory_than_dense_attention(threads, dtype):
             assert fraction(grid, tile, window, text) < 1
             windows = torch.tensor([window] * heads, dtype=torch.int32)
             ours = native.sliding_tile_attention_bytes_cpu(q, windows, grid, tile, None, threads)
-            # a dense chunk may be of a few rows less
-            assert ours <= dense * 1.1
+            # dense chunks are of equal size, a few rows less than there may be
+            assert ours <= dense * 1.01
 
 
 def test_the_native_function_checks_what_it_is_given(generator):
@@ -229,7 +229,7 @@ def test_the_native_function_checks_what_it_is_given(generator):
 
 @pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
 def test_lower_instruction_sets(isa):
-    wanted = "accurate or bits or written or scale"
+    wanted = "accurate and (small or wide) or bits and not dense or written"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", wanted],
         env={**os.environ, "HUNYUAN_FAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
