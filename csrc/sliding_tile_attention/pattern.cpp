@@ -92,6 +92,40 @@ void for_boxes(Axes<AnySpan> const& axes, Body const& body) {
 
 bool is_everything(Axes<Span> const& axes) { return axes[0].size() * axes[1].size() * axes[2].size() == 1; }
 
+// The groups that see a box: those of text, which come first, and of spans with any valid token.
+std::vector<int32_t> seeing(SeenSpan const& t, SeenSpan const& h, SeenSpan const& w, Axes<Span> const& axes,
+                            std::vector<int32_t> const& numbers, int32_t groups_of_text) {
+    std::vector<int32_t> found;
+    for (int32_t number = 0; number < groups_of_text; ++number) found.push_back(number);
+    for (size_t i = t.first; i <= t.last; ++i) {
+        for (size_t j = h.first; j <= h.last; ++j) {
+            for (size_t l = w.first; l <= w.last; ++l) {
+                int32_t const number = numbers[(i * axes[1].size() + j) * axes[2].size() + l];
+                if (number >= 0) found.push_back(number);
+            }
+        }
+    }
+    return found;
+}
+
+// Groups of video tokens after those of text, and the keys of the video.
+void add_video(Transposed& result, Axes<Span> const& axes, Sizes3 const& grid, Sizes3 const& tile, int64_t valid) {
+    auto const groups_of_text = int32_t(result.queries.size());
+    std::vector<int32_t> numbers;  // of the groups of all spans; -1 where none of their tokens is valid
+    for_boxes(axes, [&](Span const& t, Span const& h, Span const& w) {
+        auto rows = rows_of(t.own, h.own, w.own, grid, valid);
+        numbers.push_back(rows.empty() ? -1 : int32_t(result.queries.size()));
+        if (!rows.empty()) result.queries.push_back(std::move(rows));
+    });
+    Axes<SeenSpan> seen;
+    for (size_t axis = 0; axis < 3; ++axis) seen[axis] = seen_spans_of(grid[axis], tile[axis], axes[axis]);
+    for_boxes(seen, [&](SeenSpan const& t, SeenSpan const& h, SeenSpan const& w) {
+        auto keys = rows_of(t.own, h.own, w.own, grid, valid);
+        if (keys.empty()) return;
+        result.seen.push_back({std::move(keys), seeing(t, h, w, axes, numbers, groups_of_text)});
+    });
+}
+
 }  // namespace
 
 std::vector<Group> groups_of(Sizes3 const& grid, Sizes3 const& tile, Sizes3 const& window, int64_t valid) {
@@ -115,42 +149,16 @@ std::vector<Group> groups_of(Sizes3 const& grid, Sizes3 const& tile, Sizes3 cons
 }
 
 Transposed transposed(Sizes3 const& grid, Sizes3 const& tile, Sizes3 const& window, int64_t valid) {
-    int64_t const video = video_of(grid);
     auto const axes = axes_of(grid, tile, window);
-    Transposed result;
-    std::vector<int64_t> text;
     bool const whole = is_everything(axes);
-    add_range(text, {whole ? 0 : video, valid}, valid);
-    if (!text.empty()) result.queries.push_back(text);
-    auto const groups_of_text = int32_t(result.queries.size());
-    std::vector<int32_t> numbers;  // of the groups of all spans; -1 where none of their tokens is valid
-    if (!whole) {
-        for_boxes(axes, [&](Span const& t, Span const& h, Span const& w) {
-            auto rows = rows_of(t.own, h.own, w.own, grid, valid);
-            numbers.push_back(rows.empty() ? -1 : int32_t(result.queries.size()));
-            if (!rows.empty()) result.queries.push_back(std::move(rows));
-        });
-        Axes<SeenSpan> seen;
-        for (size_t axis = 0; axis < 3; ++axis) seen[axis] = seen_spans_of(grid[axis], tile[axis], axes[axis]);
-        for_boxes(seen, [&](SeenSpan const& t, SeenSpan const& h, SeenSpan const& w) {
-            SeenKeys found{rows_of(t.own, h.own, w.own, grid, valid), {}};
-            if (found.keys.empty()) return;
-            for (int32_t number = 0; number < groups_of_text; ++number) found.by.push_back(number);
-            for (size_t i = t.first; i <= t.last; ++i) {
-                for (size_t j = h.first; j <= h.last; ++j) {
-                    for (size_t l = w.first; l <= w.last; ++l) {
-                        int32_t const number = numbers[(i * axes[1].size() + j) * axes[2].size() + l];
-                        if (number >= 0) found.by.push_back(number);
-                    }
-                }
-            }
-            result.seen.push_back(std::move(found));
-        });
-    }
-    if (text.empty()) return result;
-    SeenKeys of_text{std::move(text), {}};
-    for (size_t number = 0; number < result.queries.size(); ++number) of_text.by.push_back(int32_t(number));
-    result.seen.push_back(std::move(of_text));
+    Transposed result;
+    SeenKeys text;  // or all there is
+    add_range(text.keys, {whole ? 0 : video_of(grid), valid}, valid);
+    if (!text.keys.empty()) result.queries.push_back(text.keys);
+    if (!whole) add_video(result, axes, grid, tile, valid);
+    if (text.keys.empty()) return result;
+    for (size_t number = 0; number < result.queries.size(); ++number) text.by.push_back(int32_t(number));
+    result.seen.push_back(std::move(text));
     return result;
 }
 

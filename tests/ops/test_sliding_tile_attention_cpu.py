@@ -105,10 +105,15 @@ def test_judged_as_others_are(dtype, generator):
     judge("cpu_impl", run("cpu_impl", call), call)
 
 
-@pytest.mark.parametrize("isa", ["plain", "avx2"])
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
 def test_lower_instruction_sets(isa):
-    files = [__file__, str(Path(__file__).with_name("test_sliding_tile_attention.py"))]
-    wanted = "cpu_impl and accurate and (partial or lengths) or blocks or judged"
+    here = Path(__file__)
+    names = here.stem, f"{here.stem}_backward", "test_sliding_tile_attention"
+    files = [str(here.with_name(f"{name}.py")) for name in names]
+    wanted = (
+        "cpu_impl and accurate and (partial or lengths) or blocks or judged "
+        "or many and not equally or wide or threads_gives or else_is_written"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files] + ["-k", wanted],
         env={**os.environ, "HUNYUAN_FAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},

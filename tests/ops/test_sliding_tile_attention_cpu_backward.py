@@ -1,9 +1,6 @@
 """Gradients of sliding-tile attention in C++: chunks, tiles, threads, and memory left alone."""
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -199,8 +196,8 @@ def test_no_more_memory_than_dense_attention(threads, dtype):
             assert fraction(grid, tile, window, text) < 1
             windows = torch.tensor([window] * heads, dtype=torch.int32)
             ours = native.sliding_tile_attention_bytes_cpu(q, windows, grid, tile, None, threads)
-            # a dense chunk may be of a few rows less
-            assert ours <= dense * 1.1
+            # dense chunks are of equal size, a few rows less than there may be
+            assert ours <= dense * 1.01
 
 
 def test_the_native_function_checks_what_it_is_given(generator):
@@ -225,17 +222,3 @@ def test_the_native_function_checks_what_it_is_given(generator):
     ):
         with pytest.raises(ValueError, match=message):
             native.sliding_tile_attention_backward_cpu(*good[:place], bad, *good[place + 1 :])
-
-
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
-def test_lower_instruction_sets(isa):
-    wanted = "accurate or bits or written or scale"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", wanted],
-        env={**os.environ, "HUNYUAN_FAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout

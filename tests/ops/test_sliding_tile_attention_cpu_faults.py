@@ -38,8 +38,8 @@ FAULTS = {
     "text does not see the video": (PATTERN, "number < groups_of_text", "number < 0"),
     "text is seen by itself alone": (
         PATTERN,
-        "number < result.queries.size(); ++number) of_text",
-        "number < size_t(groups_of_text); ++number) of_text",
+        "number < result.queries.size(); ++number) text",
+        "number < 1; ++number) text",
     ),
     "a chunk overlaps the next": (LAYOUT, "filled_ += rows;", "filled_ += 8;"),
     "the last keys of a group are left out": (LAYOUT, "first < count;", "first + each <= count;"),
