@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ROOT,
         folder,
         state,
+        every=every,
         seconds=options.minutes * 60,
         resume=options.resume,
         say=lambda text: print(text, flush=True),

@@ -197,6 +197,10 @@ def test_only_what_is_left_or_red_or_changed_is_done_again(checkout: Checkout) -
     checkout.run("--stages", "test", "--resume", "--only", "gelu_tanh", "causal_conv3d")
     assert len([line for line in checkout.calls() if "pytest" in line]) == 3
     assert len([line for line in checkout.calls() if "pytest" in line]) == 3
+    # what was measured would be of other sources than what was tested
+    (checkout.root / "kernels/gelu_tanh/triton_impl.py").write_text("changed = True\n")
+    done = checkout.run("--stages", "bench", "--only", "gelu_tanh")
+    assert "test gelu_tanh is of other sources" in done.stdout
     checkout.run("--stages", "test", "--only", "wholes")
     assert len([line for line in checkout.calls() if "pytest" in line]) == 1
 
