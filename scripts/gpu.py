@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     folder: Path = options.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    every = plan(ROOT, machine, folder, keep_going=options.keep_going)
+    every = plan(ROOT, machine, folder, keep_going=options.keep_going, cases=options.cases)
     steps = [step for step in every if _chosen(step, options)]
     state = State(folder, machine.gpu)
     if options.list:
@@ -107,6 +107,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="do not repeat what is green")
     parser.add_argument(
         "--keep-going", action="store_true", help="a room's tests go on after the first red one"
+    )
+    parser.add_argument(
+        "--cases",
+        default="",
+        metavar="TEXT",
+        help="measure only cases of benchmarks with this in their name, such as 720p-decode",
     )
     parser.add_argument("--list", action="store_true", help="show the steps and what is known")
     parser.add_argument(

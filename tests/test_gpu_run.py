@@ -300,6 +300,18 @@ def test_what_pytest_says(status: int, log: str, verdict: str, note: str) -> Non
     assert gpu_run("verdicts").of_tests(status, log) == (verdict, note)
 
 
+def test_some_cases_of_benchmarks(checkout: Checkout) -> None:
+    none = {"says": "ValueError: --only: no case holds '720p'; there are quick", "status": 1}
+    checkout.rules({"__main__.py gelu_tanh": none})
+    checkout.run("--stages", "test")
+    done = checkout.run("--stages", "bench", "--cases", "720p")
+    found = checkout.verdicts()
+    assert done.returncode == 0
+    assert found["bench gelu_tanh 720p"] == "nothing ran"
+    assert found["bench vae 720p"] == "green" and "bench vae" not in found
+    assert any("vae --missing --only 720p --tested" in line for line in checkout.calls())
+
+
 def test_what_was_skipped_has_not_run(checkout: Checkout) -> None:
     checkout.rules({"-k cuda_impl": {"says": "7 skipped, 3 deselected in 1s", "status": 0}})
     done = checkout.run("--stages", "test")

@@ -66,14 +66,20 @@ class Step:
     ready: Callable[[], str] | None = None
 
 
-def plan(root: Path, machine: Machine, out: Path, *, keep_going: bool = False) -> list[Step]:
-    """Every step of every stage, in the order in which they are done."""
+def plan(
+    root: Path, machine: Machine, out: Path, *, keep_going: bool = False, cases: str = ""
+) -> list[Step]:
+    """Every step of every stage, in the order in which they are done.
+
+    keep_going: tests of a room go on after the first red one
+    cases: benchmarks measure only cases with this in their name
+    """
     return [
         _build(root, machine),
         *_probes(root, machine, out),
         *_tests(root, machine, keep_going),
         *_sanitize(root, machine),
-        *_bench(root, machine, out),
+        *_bench(root, machine, out, cases),
         *_tune(root, machine),
     ]
 
@@ -229,25 +235,27 @@ def _sanitize(root: Path, machine: Machine) -> list[Step]:
     return steps
 
 
-def _bench(root: Path, machine: Machine, out: Path) -> list[Step]:
+def _bench(root: Path, machine: Machine, out: Path, cases: str) -> list[Step]:
     found = {path.stem.removeprefix("bench_") for path in root.glob("benchmarks/bench_*.py")}
     own = [room for room in rooms(root) if room in found]
     order = {room: at for at, room in enumerate(_MEASURED_FIRST)}
     own.sort(key=lambda room: order.get(room, len(order)))
+    some, name = (("--only", cases), f" {cases}") if cases else ((), "")
     steps = []
     for op in (*own, *sorted(found - set(own))):
         room = op if op in own else WHOLES
         native = (f"test {room} cuda",) if room != WHOLES and _has_cuda(root, room) else ()
         whole = ("kernels", "csrc", "hunyuan_fast")
         about = whole if room == WHOLES else inputs_of(root, room)
-        command = (machine.python, "-m", "benchmarks", op, "--missing")
+        command = (machine.python, "-m", "benchmarks", op, "--missing", *some)
         steps.append(
             Step(
-                name=f"bench {op}",
+                name=f"bench {op}{name}",
                 stage="bench",
                 room=room,
                 commands=((*command, "--tested", str(out / "state.json")),),
                 limit=1500,
+                judge=verdicts.of_benchmark,
                 inputs=(*about, f"benchmarks/bench_{op}.py", "benchmarks/kit"),
                 after=(f"test {room}", *native),
             )
@@ -271,7 +279,7 @@ def _tune(root: Path, machine: Machine) -> list[Step]:
         Step(
             name="tune ranking",
             commands=((*python, "benchmarks", "--commit-ranking"),),
-            after=("tune attention", f"bench {room}"),
+            after=("tune attention",),
             **common,
         ),
         Step(

@@ -44,6 +44,13 @@ def of_command(status: int, log: str) -> tuple[Verdict, str]:
     return Verdict.RED, f"status {status}: {last[:120]}"
 
 
+def of_benchmark(status: int, log: str) -> tuple[Verdict, str]:
+    """A benchmark, which may not have any of the cases that were asked for."""
+    if status and "--only: no case holds" in log:
+        return Verdict.EMPTY, "no such case"
+    return of_command(status, log)
+
+
 def of_tests(status: int, log: str) -> tuple[Verdict, str]:
     """pytest: what was skipped has not run, and where nothing ran nothing is green."""
     counts = {word.removesuffix("s"): int(n) for n, word in _COUNT.findall(_last_line(log))}
