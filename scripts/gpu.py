@@ -46,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print(table(steps, state))
         return 0
+    # else tests would be skipped and small cases interpreted, with nothing red
+    torch_needed = {step.stage for step in steps} - {"build", "probe"}
+    if torch_needed and (complaint := machines.complaint_of_torch(ROOT)):
+        print(complaint)
+        return 2
     print(f"{machine.gpu}, sm_{machine.arch}, {machine.cores} cores, {machine.python}")
     print(f"{len(steps)} steps; logs and state in {folder}")
     runner = Runner(
@@ -57,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         resume=options.resume,
         say=lambda text: print(text, flush=True),
     )
-    signal.signal(signal.SIGTERM, _interrupt)
+    # who is started in the background is born deaf to the first
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         runner.run(steps)
     except KeyboardInterrupt:

@@ -43,6 +43,10 @@ FILES = {
     "benchmarks/bench_causal_conv3d.py": "",
     "benchmarks/bench_vae.py": "",
     "pytest.py": "from stand_in import main; main('2 passed, 1 skipped in 0.10s')\n",
+    "torch.py": (
+        "__version__ = '2.11.0'\nclass version: cuda = '13.0'\n"
+        "class cuda: is_available = staticmethod(lambda: True)\n"
+    ),
     "setup.py": "from stand_in import main; main()\n",
     # does what the first rule says whose words the command line holds
     "stand_in.py": """
@@ -328,6 +332,15 @@ def test_tools_that_are_not_there_are_named(checkout: Checkout) -> None:
     (checkout.root / "bin/nvidia-smi").unlink()
     done = checkout.run()
     assert done.returncode == 2 and "nvidia-smi does not run" in done.stdout
+
+
+def test_a_torch_without_the_gpu_is_told_before_anything_runs(checkout: Checkout) -> None:
+    (checkout.root / "torch.py").write_text(FILES["torch.py"].replace("True", "False"))
+    done = checkout.run("--stages", "test,sanitize")
+    assert done.returncode == 2 and "torch 2.11.0 for CUDA 13.0 sees no GPU" in done.stdout
+    (checkout.root / "torch.py").write_text("raise ImportError('no libcudart')\n")
+    assert "cannot ask torch for the GPU: ImportError: no libcudart" in checkout.run().stdout
+    assert checkout.run("--stages", "build,probe").returncode == 0
 
 
 def test_a_module_of_these_sources_is_not_built_again(checkout: Checkout) -> None:
