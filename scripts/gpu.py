@@ -6,9 +6,9 @@ python scripts/gpu.py --only causal_conv3d         one room; "wholes" is what is
 python scripts/gpu.py --minutes 9 --resume         what is left or red, for nine minutes
 
 It uses the Python that it is started with. Logs and state.json go to --out; --resume goes on from
-there, and does again what was green where its sources have changed. It leaves with 0 when all that
-was asked for is green or cannot be had on this machine, 1 when something is red, and 3 when the
-time was up before all was done.
+there, and does again what was green where its sources have changed. It leaves with 0 when all
+that was asked for is green or cannot be had on this machine, 1 when something is red, and 3 when
+something is left: the time was up, or what it waits for has not passed.
 """
 
 from __future__ import annotations

@@ -75,9 +75,9 @@ class Runner:
     def _do(self, step: Step) -> None:
         about = digest(self._root, step)
         before = self._state.get(step.name)
-        same = before is not None and before.about == about
+        green = before is not None and (before.verdict, before.about) == (Verdict.GREEN, about)
         # what can be looked at is not taken from memory
-        if self._resume and same and step.ready is None and before.verdict is Verdict.GREEN:
+        if self._resume and green and step.ready is None:
             self._say(f"{step.name}: green, as before")
             return
         log = self._folder / "logs" / f"{step.name.replace(' ', '-')}.log"
@@ -125,14 +125,16 @@ class Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         (self._folder / "probes").mkdir(exist_ok=True)
         limit = min(time.monotonic() + step.limit, self._end)
+        status = 0
         for command in step.commands:
-            status = self._process(step, command, log, limit)
-            if status is None:
+            ended = self._process(step, command, log, limit)
+            if ended is None:
                 if self._interrupted.is_set():
                     return Verdict.CUT, "interrupted"
                 if time.monotonic() >= self._end:
                     return Verdict.CUT, "the time was up"
                 return Verdict.OVERRAN, f"ended after {step.limit:.0f} s"
+            status = ended
             if status:
                 break
         return step.judge(status, log.read_text(errors="replace"))

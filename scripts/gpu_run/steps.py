@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import native_sources
@@ -92,7 +93,8 @@ def rooms(root: Path) -> list[str]:
 
 def test_files(root: Path) -> dict[str, list[str]]:
     """Files with tests that need a GPU, by room; the rest under ``wholes``."""
-    known, found = rooms(root), {}
+    known = rooms(root)
+    found: dict[str, list[str]] = {}
     for path in sorted((root / "tests").rglob("test_*.py")):
         if "pytest.mark.gpu" in path.read_text():
             found.setdefault(_room_of(path, known), []).append(str(path.relative_to(root)))
@@ -173,7 +175,7 @@ def _tests(root: Path, machine: Machine, keep_going: bool) -> list[Step]:
     start = (machine.python, "-m", "pytest", "-m", "gpu", *stop, *quiet, *share)
     steps = []
     for room in (*(r for r in rooms(root) if r in files), WHOLES):
-        inputs = ("kernels", "csrc", "hunyuan_fast", "tests")
+        inputs: tuple[str, ...] = ("kernels", "csrc", "hunyuan_fast", "tests")
         native = room != WHOLES and _has_cuda(root, room)
         if room != WHOLES:
             inputs = (*inputs_of(root, room), *files[room])
@@ -267,26 +269,23 @@ def _tune(root: Path, machine: Machine) -> list[Step]:
     room, python = "rope3d_attention", (machine.python, "-m")
     native = (f"test {room} cuda",) if _has_cuda(root, room) else ()
     tuned = (*python, "hunyuan_fast", "bench", "attention", "--tune", "--backward")
-    common = {"stage": "tune", "room": room, "limit": 900.0}
+    tune = partial(Step, stage="tune", room=room, limit=900)
     return [
-        Step(
+        tune(
             name="tune attention",
             commands=(tuned,),
             inputs=inputs_of(root, room),
             after=(f"test {room}", *native),
-            **common,
         ),
-        Step(
+        tune(
             name="tune ranking",
             commands=((*python, "benchmarks", "--commit-ranking"),),
             after=("tune attention",),
-            **common,
         ),
-        Step(
+        tune(
             name="tune summary",
             commands=((*python, "benchmarks", "--summary"),),
             absent="" if (root / ".git").exists() else "pages show what git says is committed",
-            **common,
         ),
     ]
 

@@ -32,8 +32,8 @@ class Verdict(str, Enum):
 
     @property
     def open(self) -> bool:
-        """Whether time was all that was missing."""
-        return self in (Verdict.CUT, Verdict.LEFT)
+        """Whether it is still to be done, once there is time, or what it waits for has passed."""
+        return self in (Verdict.CUT, Verdict.LEFT, Verdict.SKIPPED)
 
 
 def of_command(status: int, log: str) -> tuple[Verdict, str]:
