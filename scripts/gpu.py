@@ -6,9 +6,9 @@ python scripts/gpu.py --only causal_conv3d         one room; "wholes" is what is
 python scripts/gpu.py --minutes 9 --resume         what is left or red, for nine minutes
 
 It uses the Python that it is started with. Logs and state.json go to --out; --resume goes on from
-there, and does again what was green where its sources have changed. It leaves with 0 when all that
-was asked for is green or cannot be had on this machine, 1 when something is red, and 3 when the
-time was up before all was done.
+there, and does again what was green where its sources have changed. It leaves with 0 when all
+that was asked for is green or cannot be had on this machine, 1 when something is red, and 3 when
+something is left: the time was up, or what it waits for has not passed.
 """
 
 from __future__ import annotations
@@ -40,23 +40,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     folder: Path = options.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    every = plan(ROOT, machine, folder, keep_going=options.keep_going)
+    every = plan(ROOT, machine, folder, keep_going=options.keep_going, cases=options.cases)
     steps = [step for step in every if _chosen(step, options)]
     state = State(folder, machine.gpu)
     if options.list:
         print(table(steps, state))
         return 0
+    # else tests would be skipped and small cases interpreted, with nothing red
+    torch_needed = {step.stage for step in steps} - {"build", "probe"}
+    if torch_needed and (complaint := machines.complaint_of_torch(ROOT)):
+        print(complaint)
+        return 2
     print(f"{machine.gpu}, sm_{machine.arch}, {machine.cores} cores, {machine.python}")
     print(f"{len(steps)} steps; logs and state in {folder}")
     runner = Runner(
         ROOT,
         folder,
         state,
+        every=every,
         seconds=options.minutes * 60,
         resume=options.resume,
         say=lambda text: print(text, flush=True),
     )
-    signal.signal(signal.SIGTERM, _interrupt)
+    # who is started in the background is born deaf to the first
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         runner.run(steps)
     except KeyboardInterrupt:
@@ -106,6 +114,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="do not repeat what is green")
     parser.add_argument(
         "--keep-going", action="store_true", help="a room's tests go on after the first red one"
+    )
+    parser.add_argument(
+        "--cases",
+        default="",
+        metavar="TEXT",
+        help="measure only cases of benchmarks with this in their name, such as 720p-decode",
     )
     parser.add_argument("--list", action="store_true", help="show the steps and what is known")
     parser.add_argument(

@@ -43,6 +43,10 @@ FILES = {
     "benchmarks/bench_causal_conv3d.py": "",
     "benchmarks/bench_vae.py": "",
     "pytest.py": "from stand_in import main; main('2 passed, 1 skipped in 0.10s')\n",
+    "torch.py": (
+        "__version__ = '2.11.0'\nclass version: cuda = '13.0'\n"
+        "class cuda: is_available = staticmethod(lambda: True)\n"
+    ),
     "setup.py": "from stand_in import main; main()\n",
     # does what the first rule says whose words the command line holds
     "stand_in.py": """
@@ -129,7 +133,8 @@ def checkout(tmp_path: Path) -> Checkout:
 
 def test_everything_in_order(checkout: Checkout) -> None:
     done = checkout.run("--pack", str(checkout.root / "packed.tar.gz"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    # the checkout has no room for attention, so nothing speaks for it
+    assert done.returncode == 3 and "2 left" in done.stdout, done.stdout + done.stderr
     found = checkout.verdicts()
     assert next(iter(found)) == "build native"
     assert {name for name in found if name.startswith("probe")} == {
@@ -141,7 +146,6 @@ def test_everything_in_order(checkout: Checkout) -> None:
         *("bench causal_conv3d", "bench gelu_tanh", "bench vae"),
         *("tune attention", "tune ranking", "tune summary"),
     ]
-    # the checkout has no room for attention, so nothing speaks for it
     assert found["tune attention"] == found["tune ranking"] == "skipped"
     assert {found[name] for name in order[:-3]} == {"green"}
     sanitized = [name.split()[0] for name in found if name.endswith(" causal_conv3d")]
@@ -197,6 +201,10 @@ def test_only_what_is_left_or_red_or_changed_is_done_again(checkout: Checkout) -
     checkout.run("--stages", "test", "--resume", "--only", "gelu_tanh", "causal_conv3d")
     assert len([line for line in checkout.calls() if "pytest" in line]) == 3
     assert len([line for line in checkout.calls() if "pytest" in line]) == 3
+    # what was measured would be of other sources than what was tested
+    (checkout.root / "kernels/gelu_tanh/triton_impl.py").write_text("changed = True\n")
+    done = checkout.run("--stages", "bench", "--only", "gelu_tanh")
+    assert "test gelu_tanh is of other sources" in done.stdout
     checkout.run("--stages", "test", "--only", "wholes")
     assert len([line for line in checkout.calls() if "pytest" in line]) == 1
 
@@ -296,6 +304,18 @@ def test_what_pytest_says(status: int, log: str, verdict: str, note: str) -> Non
     assert gpu_run("verdicts").of_tests(status, log) == (verdict, note)
 
 
+def test_some_cases_of_benchmarks(checkout: Checkout) -> None:
+    none = {"says": "ValueError: --only: no case holds '720p'; there are quick", "status": 1}
+    checkout.rules({"__main__.py gelu_tanh": none})
+    checkout.run("--stages", "test")
+    done = checkout.run("--stages", "bench", "--cases", "720p")
+    found = checkout.verdicts()
+    assert done.returncode == 0
+    assert found["bench gelu_tanh 720p"] == "nothing ran"
+    assert found["bench vae 720p"] == "green" and "bench vae" not in found
+    assert any("vae --missing --only 720p --tested" in line for line in checkout.calls())
+
+
 def test_what_was_skipped_has_not_run(checkout: Checkout) -> None:
     checkout.rules({"-k cuda_impl": {"says": "7 skipped, 3 deselected in 1s", "status": 0}})
     done = checkout.run("--stages", "test")
@@ -312,6 +332,15 @@ def test_tools_that_are_not_there_are_named(checkout: Checkout) -> None:
     (checkout.root / "bin/nvidia-smi").unlink()
     done = checkout.run()
     assert done.returncode == 2 and "nvidia-smi does not run" in done.stdout
+
+
+def test_a_torch_without_the_gpu_is_told_before_anything_runs(checkout: Checkout) -> None:
+    (checkout.root / "torch.py").write_text(FILES["torch.py"].replace("True", "False"))
+    done = checkout.run("--stages", "test,sanitize")
+    assert done.returncode == 2 and "torch 2.11.0 for CUDA 13.0 sees no GPU" in done.stdout
+    (checkout.root / "torch.py").write_text("raise ImportError('no libcudart')\n")
+    assert "cannot ask torch for the GPU: ImportError: no libcudart" in checkout.run().stdout
+    assert checkout.run("--stages", "build,probe").returncode == 0
 
 
 def test_a_module_of_these_sources_is_not_built_again(checkout: Checkout) -> None:

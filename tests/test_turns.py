@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -97,3 +98,57 @@ def test_a_turn_ends_with_an_error(tmp_path: Path) -> None:
         raise ValueError("of the test")
     with turn(alone=False, folder=tmp_path), turn(alone=False, folder=tmp_path):
         pass
+
+
+FAKE_TORCH = """
+class cuda:
+    is_available = staticmethod(lambda: True)
+    memory_reserved = staticmethod(lambda: 0)
+    empty_cache = staticmethod(lambda: print("emptied"))
+"""
+SEEN = """
+import fcntl, pytest
+from tests.kit.turns import default_folder
+
+def others_may(how):
+    with (default_folder() / "room").open("a") as file:
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+@pytest.mark.gpu
+def test_side_by_side():
+    assert others_may(fcntl.LOCK_SH) and not others_may(fcntl.LOCK_EX)
+
+@pytest.mark.gpu
+@pytest.mark.whole_gpu
+def test_alone():
+    assert not others_may(fcntl.LOCK_SH)
+
+def test_elsewhere():
+    assert others_may(fcntl.LOCK_EX)
+"""
+
+
+def test_markers_say_who_is_alone(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(FAKE_TORCH)
+    (tmp_path / "test_seen.py").write_text(SEEN)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: g\n    whole_gpu: w\n")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "tests.kit.turns", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "3 passed" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("emptied") == 1
+
+
+@pytest.mark.parametrize(("cores", "gpu", "workers"), [(16, True, 8), (4, True, 2), (1, True, 1)])
+def test_a_gpu_gets_half_as_many_processes_as_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, gpu: bool, workers: int
+) -> None:
+    from tests import conftest
+
+    monkeypatch.setattr(conftest.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(conftest.torch.cuda, "is_available", lambda: gpu)
+    assert conftest.pytest_xdist_auto_num_workers() == workers

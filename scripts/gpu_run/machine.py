@@ -57,6 +57,19 @@ def describe() -> Machine:
     )
 
 
+def complaint_of_torch(root: Path) -> str:
+    """Why the torch of this Python can do nothing here; empty when it sees the GPU."""
+    code = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment())
+    words = done.stdout.split()
+    if done.returncode or len(words) != 3:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return f"{sys.executable} cannot ask torch for the GPU: {last}"
+    version, cuda, sees = words
+    return "" if sees == "True" else f"torch {version} for CUDA {cuda} sees no GPU"
+
+
 def environment() -> dict[str, str]:
     """That of every step: CUDA's tools can be found, output comes line by line."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *_CUDA])

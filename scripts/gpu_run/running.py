@@ -25,6 +25,7 @@ _GRACE = 5.0  # seconds between asking a process to end and making it
 class Runner:
     """Does steps in order until the time is up, and writes down how each ended.
 
+    every: the steps of all stages, to know what a verdict of another one is about
     resume: what is green, and was of the same inputs, is not done again
     """
 
@@ -34,6 +35,7 @@ class Runner:
         folder: Path,
         state: State,
         *,
+        every: Sequence[Step] = (),
         seconds: float = float("inf"),
         resume: bool = False,
         say: Callable[[str], None] = print,
@@ -42,6 +44,7 @@ class Runner:
         self._start = time.monotonic()
         self._end = self._start + seconds
         self._resume, self._tell = resume, say
+        self._every = {step.name: step for step in every}
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._interrupted = threading.Event()
@@ -72,7 +75,9 @@ class Runner:
     def _do(self, step: Step) -> None:
         about = digest(self._root, step)
         before = self._state.get(step.name)
-        if self._resume and before and before.verdict is Verdict.GREEN and before.about == about:
+        green = before is not None and (before.verdict, before.about) == (Verdict.GREEN, about)
+        # what can be looked at is not taken from memory
+        if self._resume and green and step.ready is None:
             self._say(f"{step.name}: green, as before")
             return
         log = self._folder / "logs" / f"{step.name.replace(' ', '-')}.log"
@@ -112,20 +117,24 @@ class Runner:
             known = self._state.get(name)
             if known is None or known.verdict not in (Verdict.GREEN, Verdict.EMPTY):
                 return f"{name} is {known.verdict.value if known else Verdict.LEFT.value}"
+            if name in self._every and known.about != digest(self._root, self._every[name]):
+                return f"{name} is of other sources"
         return None
 
     def _carry_out(self, step: Step, log: Path) -> tuple[Verdict, str]:
         log.parent.mkdir(parents=True, exist_ok=True)
         (self._folder / "probes").mkdir(exist_ok=True)
         limit = min(time.monotonic() + step.limit, self._end)
+        status = 0
         for command in step.commands:
-            status = self._process(step, command, log, limit)
-            if status is None:
+            ended = self._process(step, command, log, limit)
+            if ended is None:
                 if self._interrupted.is_set():
                     return Verdict.CUT, "interrupted"
                 if time.monotonic() >= self._end:
                     return Verdict.CUT, "the time was up"
                 return Verdict.OVERRAN, f"ended after {step.limit:.0f} s"
+            status = ended
             if status:
                 break
         return step.judge(status, log.read_text(errors="replace"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import native_sources
@@ -66,14 +67,20 @@ class Step:
     ready: Callable[[], str] | None = None
 
 
-def plan(root: Path, machine: Machine, out: Path, *, keep_going: bool = False) -> list[Step]:
-    """Every step of every stage, in the order in which they are done."""
+def plan(
+    root: Path, machine: Machine, out: Path, *, keep_going: bool = False, cases: str = ""
+) -> list[Step]:
+    """Every step of every stage, in the order in which they are done.
+
+    keep_going: tests of a room go on after the first red one
+    cases: benchmarks measure only cases with this in their name
+    """
     return [
         _build(root, machine),
         *_probes(root, machine, out),
         *_tests(root, machine, keep_going),
         *_sanitize(root, machine),
-        *_bench(root, machine, out),
+        *_bench(root, machine, out, cases),
         *_tune(root, machine),
     ]
 
@@ -86,7 +93,8 @@ def rooms(root: Path) -> list[str]:
 
 def test_files(root: Path) -> dict[str, list[str]]:
     """Files with tests that need a GPU, by room; the rest under ``wholes``."""
-    known, found = rooms(root), {}
+    known = rooms(root)
+    found: dict[str, list[str]] = {}
     for path in sorted((root / "tests").rglob("test_*.py")):
         if "pytest.mark.gpu" in path.read_text():
             found.setdefault(_room_of(path, known), []).append(str(path.relative_to(root)))
@@ -167,7 +175,7 @@ def _tests(root: Path, machine: Machine, keep_going: bool) -> list[Step]:
     start = (machine.python, "-m", "pytest", "-m", "gpu", *stop, *quiet, *share)
     steps = []
     for room in (*(r for r in rooms(root) if r in files), WHOLES):
-        inputs = ("kernels", "csrc", "hunyuan_fast", "tests")
+        inputs: tuple[str, ...] = ("kernels", "csrc", "hunyuan_fast", "tests")
         native = room != WHOLES and _has_cuda(root, room)
         if room != WHOLES:
             inputs = (*inputs_of(root, room), *files[room])
@@ -229,25 +237,27 @@ def _sanitize(root: Path, machine: Machine) -> list[Step]:
     return steps
 
 
-def _bench(root: Path, machine: Machine, out: Path) -> list[Step]:
+def _bench(root: Path, machine: Machine, out: Path, cases: str) -> list[Step]:
     found = {path.stem.removeprefix("bench_") for path in root.glob("benchmarks/bench_*.py")}
     own = [room for room in rooms(root) if room in found]
     order = {room: at for at, room in enumerate(_MEASURED_FIRST)}
     own.sort(key=lambda room: order.get(room, len(order)))
+    some, name = (("--only", cases), f" {cases}") if cases else ((), "")
     steps = []
     for op in (*own, *sorted(found - set(own))):
         room = op if op in own else WHOLES
         native = (f"test {room} cuda",) if room != WHOLES and _has_cuda(root, room) else ()
         whole = ("kernels", "csrc", "hunyuan_fast")
         about = whole if room == WHOLES else inputs_of(root, room)
-        command = (machine.python, "-m", "benchmarks", op, "--missing")
+        command = (machine.python, "-m", "benchmarks", op, "--missing", *some)
         steps.append(
             Step(
-                name=f"bench {op}",
+                name=f"bench {op}{name}",
                 stage="bench",
                 room=room,
                 commands=((*command, "--tested", str(out / "state.json")),),
                 limit=1500,
+                judge=verdicts.of_benchmark,
                 inputs=(*about, f"benchmarks/bench_{op}.py", "benchmarks/kit"),
                 after=(f"test {room}", *native),
             )
@@ -259,26 +269,23 @@ def _tune(root: Path, machine: Machine) -> list[Step]:
     room, python = "rope3d_attention", (machine.python, "-m")
     native = (f"test {room} cuda",) if _has_cuda(root, room) else ()
     tuned = (*python, "hunyuan_fast", "bench", "attention", "--tune", "--backward")
-    common = {"stage": "tune", "room": room, "limit": 900.0}
+    tune = partial(Step, stage="tune", room=room, limit=900)
     return [
-        Step(
+        tune(
             name="tune attention",
             commands=(tuned,),
             inputs=inputs_of(root, room),
             after=(f"test {room}", *native),
-            **common,
         ),
-        Step(
+        tune(
             name="tune ranking",
             commands=((*python, "benchmarks", "--commit-ranking"),),
-            after=("tune attention", f"bench {room}"),
-            **common,
+            after=("tune attention",),
         ),
-        Step(
+        tune(
             name="tune summary",
             commands=((*python, "benchmarks", "--summary"),),
             absent="" if (root / ".git").exists() else "pages show what git says is committed",
-            **common,
         ),
     ]
 

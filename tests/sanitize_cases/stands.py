@@ -6,25 +6,31 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from hunyuan_fast.kernels.fp8_attention import reference as fp8_reference
-from tests.ops import hopper_emulator
-from tests.ops.test_fp8_attention_sm90 import Emulator as Codes
-from tests.ops.test_norm_rope_attention_sm90 import RawEmulator
-from tests.ops.test_rope3d_attention_sm90 import Emulator as Forward
-from tests.ops.test_rope3d_attention_sm90_backward import Emulator as Backward
 from tests.sanitize_cases.case import Stand
 
 
 @cache
-def _convolution() -> hopper_emulator.RealSources:
+def _emulator(test: str, name: str = "Emulator") -> object:
+    """That of a room's own tests, which a GPU has no need to load."""
+    return getattr(import_module(f"tests.ops.{test}"), name)()
+
+
+@cache
+def _convolution() -> object:
+    module = import_module("tests.ops.hopper_emulator")
     with tempfile.TemporaryDirectory() as folder:
-        return hopper_emulator.RealSources(hopper_emulator.library(Path(folder)))
+        return module.RealSources(module.library(Path(folder)))
+
+
+def _coder() -> ModuleType:
+    return import_module("hunyuan_fast.kernels.fp8_attention.reference")
 
 
 # Names of native functions that were called in this process.
@@ -59,8 +65,8 @@ def emulated(native: Callable[[], object], **attributes: object) -> Stand:
     return stand
 
 
-FORWARD = emulated(cache(Forward))
-RAW = emulated(cache(RawEmulator))
-BACKWARD = emulated(cache(Backward))
-CODES = emulated(cache(Codes), _coder=lambda: fp8_reference)
+FORWARD = emulated(lambda: _emulator("test_rope3d_attention_sm90"))
+RAW = emulated(lambda: _emulator("test_norm_rope_attention_sm90", "RawEmulator"))
+BACKWARD = emulated(lambda: _emulator("test_rope3d_attention_sm90_backward"))
+CODES = emulated(lambda: _emulator("test_fp8_attention_sm90"), _coder=_coder)
 CONVOLUTION = emulated(_convolution)
