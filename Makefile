@@ -2,8 +2,10 @@
 # make test    set everything up in .venv and run the tests
 # make lint    ruff and mypy
 # make bench   every benchmark that this machine can run
-# make gpu     on a machine with a GPU: build, GPU tests, benchmarks with their results kept, and
-#              kernels that are right and fast there verified: see git diff, commit what is true
+# make gpu     on a machine with a GPU: build, single instructions, GPU tests, sanitizers, benchmarks
+#              with their results kept, and kernels that are right and fast there verified: see git
+#              diff, commit what is true. make gpu GPU="--stages test --minutes 9 --resume" does
+#              some of it; .venv/bin/python scripts/gpu.py --help, docs/gpu.md
 # make native  rebuild the C++ and CUDA code in place
 # make clean   remove what was built; .venv stays
 
@@ -35,13 +37,7 @@ bench:
 gpu:
 	@nvidia-smi -L || { echo "make gpu needs a machine with an NVIDIA GPU and its driver"; exit 1; }
 	@HUNYUAN_FAST_REQUIRE_EXT=cuda $(PYTHON) scripts/bootstrap.py --extra dev
-	@$(BIN)/python -c "from hunyuan_fast._C import has_cuda; raise SystemExit(not has_cuda)" || \
-		{ echo "the native module was built without CUDA: put nvcc on the PATH"; exit 1; }
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m benchmarks
-	$(BIN)/hunyuan-fast bench attention --tune --backward
-	$(BIN)/python -m benchmarks --commit-ranking
-	$(BIN)/python -m benchmarks --summary
+	$(BIN)/python scripts/gpu.py $(GPU)
 
 native:
 	@$(PYTHON) scripts/bootstrap.py --extra dev

@@ -18,6 +18,10 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import native_sources  # noqa: E402
+
 CHOICES = {
     "HUNYUAN_FAST_BUILD": ("auto", "cuda", "cpu", "none"),
     "HUNYUAN_FAST_REQUIRE_EXT": ("", "cpu", "cuda"),
@@ -102,6 +106,8 @@ class CMakeBuild(build_ext):
         digest = hashlib.sha256(repr(choices).encode()).hexdigest()[:8]
         tmp = Path(self.build_temp).resolve() / f"{kind}-{digest}"
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        # not among the choices: other sources are built in the same folder
+        args.append(f"-DHUNYUAN_FAST_SOURCES={native_sources.digest(ROOT)}")
         subprocess.run([cmake, "-S", ROOT, "-B", tmp, "-G", "Ninja", *args], check=True)
         subprocess.run([cmake, "--build", tmp, *jobs], check=True)
 

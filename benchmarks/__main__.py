@@ -3,8 +3,10 @@
 python -m benchmarks                    everything
 python -m benchmarks fused_modulation   some; the tests of each run first and must pass
 python -m benchmarks vae --only 720p    some cases; the others keep their places in the result
+python -m benchmarks vae --missing      what the result at hand lacks, kept case by case
 python -m benchmarks --quick            small shapes, a few rounds: whether it works, not how fast
-python -m benchmarks --summary          render docs/performance.md from the committed results
+python -m benchmarks --summary          render docs/performance.md, and the table of
+                                        docs/gpu-notes.md, from the committed results
 python -m benchmarks --commit-ranking   put what "hunyuan-fast bench attention --tune" measured here
                                         into kernels/*/ranking.json and VERIFIED_ON
 """
@@ -16,8 +18,12 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    import torch
 
 _CONSOLE = Console(highlight=False)
 
@@ -57,6 +63,18 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         help="only cases with this in 'function name dtype'; joined with the result at hand if it "
         "is of the same code and machine",
     )
+    parser.add_argument(
+        "--missing",
+        action="store_true",
+        help="only what the result at hand, if it is of the same code and machine, does not have; "
+        "saved after every pass of a case, so that a run may be ended and gone on with",
+    )
+    parser.add_argument(
+        "--tested",
+        type=Path,
+        metavar="FILE",
+        help="the state.json of scripts/gpu.py: tests are not run, its verdict counts",
+    )
     parser.add_argument("--summary", action="store_true", help="render docs/performance.md")
     parser.add_argument(
         "--commit-ranking", action="store_true", help="write what was tuned here into the rooms"
@@ -75,17 +93,21 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _summarise() -> int:
+    from benchmarks.kit import predictions
     from benchmarks.kit.discover import ROOT
     from benchmarks.kit.record import RecordError
     from benchmarks.kit.summary import PAGE, committed_results, gpu_implementations, render
 
     try:
-        text = render(committed_results(), gpu_implementations())
+        results = committed_results()
+        text = render(results, gpu_implementations())
+        notes = predictions.page((ROOT / predictions.PAGE).read_text(), results)
     except (RuntimeError, RecordError) as error:
         _CONSOLE.print(f"[red]{error}[/]")
         return 1
     (ROOT / PAGE).write_text(text)
-    _CONSOLE.print(f"wrote {PAGE}")
+    (ROOT / predictions.PAGE).write_text(notes)
+    _CONSOLE.print(f"wrote {PAGE} and {predictions.PAGE}")
     return 0
 
 
@@ -107,12 +129,12 @@ def _commit_ranking() -> int:
 
 def _benchmark(op: str, options: argparse.Namespace) -> bool:
     """Test, measure, show and save one op; False, with the reason printed, when it fails."""
-    from benchmarks.kit.gate import run_tests
+    from benchmarks.kit.gate import run_tests, seen_by
 
     start = time.monotonic()
     if not options.skip_test:
         _CONSOLE.print(f"[bold]{op}[/]: its tests first")
-        verdict = run_tests(op)
+        verdict = seen_by(options.tested, op) if options.tested else run_tests(op)
         _CONSOLE.print(verdict.summary, markup=False)
         if not verdict.passed:
             _CONSOLE.print(f"[red]{op}: not measured, because its tests do not pass[/]")
@@ -127,27 +149,36 @@ def _benchmark(op: str, options: argparse.Namespace) -> bool:
 
 
 def _measure(op: str, options: argparse.Namespace) -> None:
-    import torch
-
-    from benchmarks.kit import chart, record, table
+    from benchmarks.kit import chart, machine, record, table
     from benchmarks.kit.discover import load
     from benchmarks.kit.run import run
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("--device cuda: torch finds no CUDA device here")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options)
+    tests = "skipped" if options.skip_test else "passed"
+    here, source = machine.describe_machine(device), machine.describe_source(op, options.command)
+    path = record.place(op, here, quick=options.quick, tests=tests)
+    before = record.at_hand(path, here, source) if options.missing else None
+
+    def keep(result: record.Result) -> None:
+        if options.missing:
+            record.save(record.joined(result, path), path)
+
     result = run(
         op,
-        torch.device(device),
+        device,
         quick=options.quick,
         only=options.only,
-        tests="skipped" if options.skip_test else "passed",
+        tests=tests,
         command=options.command,
         progress=lambda text: _CONSOLE.print(f"[dim]{text}[/]"),
+        known=record.keys(before) if before else (),
+        keep=keep,
     )
+    if not result.measurements:
+        _CONSOLE.print(f"{op}: {_short(path)} has every case")
+        return
     table.show(result, _CONSOLE)
-    path = record.path_of(result)
-    if options.only:
+    if options.only or options.missing:
         result = record.joined(result, path)
     record.save(result, path)
     _CONSOLE.print(f"saved {_short(path)}")
@@ -160,6 +191,14 @@ def _measure(op: str, options: argparse.Namespace) -> None:
     more = getattr(load(op), "more", None)
     for written in more(path, quick=options.quick) if more else ():
         _CONSOLE.print(f"saved {_short(written)}")
+
+
+def _device(options: argparse.Namespace) -> "torch.device":
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device cuda: torch finds no CUDA device here")
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _short(path: Path) -> Path:

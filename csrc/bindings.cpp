@@ -17,6 +17,7 @@ PYBIND11_MODULE(_C, m) {
     for (auto arch : py::str(HUNYUAN_FAST_CUDA_ARCHS).attr("split")()) archs.append(arch);
     m.attr("cuda_archs") = py::tuple(archs);
     m.attr("build_info") = HUNYUAN_FAST_BUILD_INFO;
+    m.attr("sources") = HUNYUAN_FAST_SOURCES;  // scripts/native_sources.py, when it was built
     m.def("cpu_isa", [] { return hunyuan_fast::name_of(hunyuan_fast::cpu_isa()); },
           "The instruction set that the CPU kernels use here.");
     for (auto bind : hunyuan_fast::bindings()) bind(m);

@@ -16,6 +16,9 @@ if not torch.cuda.is_available():
 os.environ["HUNYUAN_FAST_CACHE"] = os.devnull
 
 from tests.kit.memory import poisoned_memory
+from tests.kit.turns import turn_on_the_gpu
+
+__all__ = ["turn_on_the_gpu"]  # a fixture
 
 OPS = Path(__file__).parent / "ops"
 
@@ -26,8 +29,9 @@ torch.set_num_threads(min(2, max(1, torch.get_num_threads() // WORKERS)))
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Processes for ``-n auto``: a GPU is not shared, and each takes a gigabyte or two."""
-    return 1 if torch.cuda.is_available() else min(8, os.cpu_count() or 1)
+    """Processes for ``-n auto``: each takes a gigabyte or two, and compiles for a GPU on a core."""
+    cores = os.cpu_count() or 1
+    return min(8, max(1, cores // 2) if torch.cuda.is_available() else cores)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -36,6 +36,7 @@ def test_the_module_says_how_it_was_built(native):
     assert bool(native.cuda_archs) == native.has_cuda
     assert all(isinstance(arch, str) and arch[0].isdigit() for arch in native.cuda_archs)
     assert "CUDA" in native.build_info
+    assert native.sources == "unknown" or len(native.sources) == 16
 
 
 def test_the_module_needs_only_the_system(native):

@@ -199,6 +199,7 @@ def test_what_is_kept_answers(cache, monkeypatch, generator):
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 @pytest.mark.parametrize("valid", [None, (300, 0)], ids=["whole", "padded"])
 def test_a_gpu_is_measured(valid):
     problem = Problem(BF16, 2, 300, 4, 64, valid, training=True)

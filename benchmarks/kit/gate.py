@@ -1,5 +1,6 @@
 """No figures from an op whose tests fail."""
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -31,6 +32,20 @@ def test_files(op: str, root: Path = ROOT) -> list[Path]:
         if (path.stem == f"test_{op}" or path.stem.startswith(f"test_{op}_"))
         and not path.stem.startswith(tuple(longer))
     )
+
+
+def seen_by(state: Path, op: str) -> Verdict:
+    """What ``scripts/gpu.py`` has seen of the tests of an op that need a GPU, in its state."""
+    room = "wholes" if op in WHOLES else op
+    try:
+        steps = json.loads(state.read_text())["steps"]
+        known = {name: steps[name]["verdict"] for name in steps}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Verdict(False, f"{state} is no state of scripts/gpu.py: {error!r}")
+    first, native = known.get(f"test {room}"), known.get(f"test {room} cuda")
+    passed = first == "green" and native in (None, "green", "nothing ran")
+    words = ", ".join(word for word in (first or "not run", native) if word)
+    return Verdict(passed, f"scripts/gpu.py has tested {room}: {words}")
 
 
 def run_tests(op: str, root: Path = ROOT) -> Verdict:

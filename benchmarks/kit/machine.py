@@ -81,8 +81,16 @@ def describe_machine(device: torch.device) -> Machine:
 
 
 def describe_source(op: str, command: str) -> Source:
-    """The commit at hand, and whether what ``op`` is made of differs from it."""
+    """The commit at hand, and whether what ``op`` is made of differs from it.
+
+    Raises ValueError when a tree without git is said to be of something that is no commit.
+    """
     commit = _git("rev-parse", "HEAD")
+    claimed = os.environ.get("HUNYUAN_FAST_COMMIT")
+    if commit is None and claimed:
+        if not re.fullmatch("[0-9a-f]{40}", claimed):
+            raise ValueError(f"HUNYUAN_FAST_COMMIT must be 40 hexadecimal digits, got {claimed!r}")
+        return Source(commit=claimed, clean=True, date=_now(), command=command)
     parts = [f"kernels/{op}", f"csrc/{op}", "csrc/common", f"hunyuan_fast/ops/{op}.py"]
     if op in WHOLES:
         parts = ["kernels", "csrc", "hunyuan_fast"]
@@ -91,9 +99,13 @@ def describe_source(op: str, command: str) -> Source:
     return Source(
         commit=commit,
         clean=commit is not None and changes == "",
-        date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        date=_now(),
         command=command,
     )
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def cache_bytes() -> int:

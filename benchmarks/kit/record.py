@@ -13,6 +13,8 @@ from benchmarks.kit.machine import Machine, Source
 from benchmarks.kit.statistics import Spread
 
 VERSION = 1
+# Function, case, dtype and pass of a measurement.
+Key = tuple[str, str, str, str]
 
 
 class RecordError(ValueError):
@@ -101,8 +103,13 @@ class Result:
 
 def path_of(result: Result) -> Path:
     """Where a result belongs: with the evidence, or with the runs that are none."""
-    folder = SCRATCH if result.quick or result.tests != "passed" else RESULTS
-    return folder / result.machine.slug / f"{result.op}.json"
+    return place(result.op, result.machine, quick=result.quick, tests=result.tests)
+
+
+def place(op: str, machine: Machine, *, quick: bool, tests: str) -> Path:
+    """``path_of`` a result that is yet to be made."""
+    folder = SCRATCH if quick or tests != "passed" else RESULTS
+    return folder / machine.slug / f"{op}.json"
 
 
 def save(result: Result, path: Path) -> None:
@@ -113,18 +120,24 @@ def save(result: Result, path: Path) -> None:
     draft.replace(path)
 
 
+def at_hand(path: Path, machine: Machine, source: Source) -> Result | None:
+    """The result in a file, if there is one and it is of that machine and code."""
+    if not path.is_file():
+        return None
+    found = load(path)
+    origin = found.machine, found.source.commit, found.source.clean
+    return found if origin == (machine, source.commit, source.clean) else None
+
+
 def joined(result: Result, path: Path) -> Result:
     """``result`` beside what the file at ``path`` has of other cases.
 
     Alone where there is no file, or one of another machine or of other code.
     """
-    if not path.is_file():
+    before = at_hand(path, result.machine, result.source)
+    if before is None:
         return result
-    before = load(path)
-    origins = [(each.machine, each.source.commit, each.source.clean) for each in (before, result)]
-    if origins[0] != origins[1]:
-        return result
-    new = {(m.function, m.case, m.dtype, m.what) for m in result.measurements}
+    new = keys(result)
     turns = {(a.case, a.dtype) for a in result.alternations}
     kept = [m for m in before.measurements if (m.function, m.case, m.dtype, m.what) not in new]
     other = [a for a in before.alternations if (a.case, a.dtype) not in turns]
@@ -137,6 +150,11 @@ def joined(result: Result, path: Path) -> Result:
         measurements=[*kept, *result.measurements],
         alternations=[*other, *result.alternations],
     )
+
+
+def keys(result: Result) -> set[Key]:
+    """What a result has measured."""
+    return {(m.function, m.case, m.dtype, m.what) for m in result.measurements}
 
 
 def dumps(result: Result) -> str:

@@ -1,7 +1,7 @@
 """All cases of an op on one device."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from benchmarks.kit.clock import clock_for
 from benchmarks.kit.discover import load
 from benchmarks.kit.measure import Setting, measure
 from benchmarks.kit.pairing import Rounds
-from benchmarks.kit.record import VERSION, Result
+from benchmarks.kit.record import VERSION, Key, Result
 
 # A median of five is the least that shrugs off two disturbed rounds.
 THOROUGH = Rounds(budget=15.0, least=5, most=40)
@@ -29,11 +29,15 @@ def run(
     command: str,
     progress: Callable[[str], None],
     only: str = "",
+    known: Collection[Key] = (),
+    keep: Callable[[Result], None] = lambda result: None,
 ) -> Result:
     """Measure every case of an op in every pass; ``tests`` and ``command`` go into the result.
 
     only: a text, and cases without it in their function, name and dtype stay out. Raises ValueError
     when that leaves none.
+    known: passes of cases that are not measured again
+    keep: gets the result as far as it is after every pass of a case
     """
     # Helpers that outlive a compilation would pass for neighbours, and may take a core.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -43,24 +47,28 @@ def run(
     neighbours = machine.Neighbours()
     clock.warm_up()
 
-    measurements, alternations = [], []
-    for case in _chosen(load(op).cases(device, quick=quick), only):
-        for what in (each for each in EVERY_PASS if each in case.work):
-            progress(f"{op}: {case.function} {case.name} {case.dtype_name}, {what}")
-            measurements.append(measure(op, case, what, _setting_for(case, setting)))
-        if case.alternating and device.type == "cpu":
-            alternations += alternate(op, case, setting)
-    return Result(
+    result = Result(
         version=VERSION,
         op=op,
         quick=quick,
         tests=tests,
-        neighbours=neighbours.share(),
+        neighbours=None,
         machine=machine.describe_machine(device),
         source=source,
-        measurements=measurements,
-        alternations=alternations,
+        measurements=[],
+        alternations=[],
     )
+    for case in _chosen(load(op).cases(device, quick=quick), only):
+        name = case.function, case.name, case.dtype_name
+        for what in (each for each in EVERY_PASS if each in case.work):
+            if (*name, what) in known:
+                continue
+            progress(f"{op}: {' '.join(name)}, {what}")
+            result.measurements.append(measure(op, case, what, _setting_for(case, setting)))
+            keep(replace(result, neighbours=neighbours.share()))
+        if case.alternating and device.type == "cpu":
+            result.alternations.extend(alternate(op, case, setting))
+    return replace(result, neighbours=neighbours.share())
 
 
 def _chosen(cases: Sequence[Case], only: str) -> list[Case]:

@@ -54,6 +54,7 @@ def test_the_cpu_has_wall_time_and_knows_no_peak():
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 def test_a_real_device_is_timed_and_its_memory_counted():
     clock = clock_for(torch.device("cuda"), cache_bytes=0)
     x = torch.ones(2**24, device="cuda")

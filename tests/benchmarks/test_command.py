@@ -211,3 +211,64 @@ def test_cases_are_chosen_by_what_they_are_called(small, monkeypatch, capsys):
     assert len(record.load(path).measurements) == len(PASSES)
     assert command.main([*asked, "large"]) == 1
     assert "no case holds 'large'; there are" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_measured_and_kept_pass_by_pass(small, monkeypatch, capsys):
+    verdict(monkeypatch, True)
+    asked = ["fused_modulation", "--device", "cpu", "--missing"]
+    real, measured = run.measure, []
+
+    def measure(op, case, what, setting):
+        if len(measured) == 1:
+            measured.append("interrupted")
+            raise RuntimeError("the power went out")
+        measured.append(what)
+        return real(op, case, what, setting)
+
+    monkeypatch.setattr(run, "measure", measure)
+    assert command.main(asked) == 1
+    (path,) = small.glob("results/*/fused_modulation.json")
+    first = record.load(path).measurements
+    assert [m.what for m in first] == list(PASSES)[:1]
+    assert command.main(asked) == 0
+    assert measured == [PASSES[0], "interrupted", *PASSES[1:]]
+    whole = record.load(path)
+    assert [m.what for m in whole.measurements] == list(PASSES)
+    assert whole.measurements[0] == first[0]
+    assert command.main(asked) == 0 and "has every case" in capsys.readouterr().out
+    assert record.at_hand(path, whole.machine, whole.source) == whole
+    assert record.at_hand(path, whole.machine, replace(whole.source, commit="another")) is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "passed"),
+    [
+        ({"test scale": "green"}, True),
+        ({"test scale": "green", "test scale cuda": "green"}, True),
+        ({"test scale": "green", "test scale cuda": "red"}, False),
+        ({"test scale": "green", "test scale cuda": "skipped"}, False),
+        ({"test scale cuda": "green"}, False),
+        ({"test other": "green"}, False),
+    ],
+)
+def test_the_gate_takes_the_word_of_who_has_tested(tmp_path, steps, passed):
+    state = tmp_path / "state.json"
+    state.write_text(json.dumps({"steps": {k: {"verdict": v} for k, v in steps.items()}}))
+    found = gate.seen_by(state, "scale")
+    assert found.passed is passed and "has tested scale" in found.summary
+    state.write_text(json.dumps({"steps": {"test wholes": {"verdict": "green"}}}))
+    assert gate.seen_by(state, "vae").passed and not gate.seen_by(state, "scale").passed
+    state.write_text("{")
+    assert "is no state of scripts/gpu.py" in gate.seen_by(state, "vae").summary
+
+
+def test_a_copy_without_git_may_name_its_commit(monkeypatch):
+    monkeypatch.setattr(machine, "_git", lambda *_: None)
+    monkeypatch.delenv("HUNYUAN_FAST_COMMIT", raising=False)
+    assert machine.describe_source("vae", "").commit is None
+    monkeypatch.setenv("HUNYUAN_FAST_COMMIT", "0123456789" * 4)
+    source = machine.describe_source("vae", "")
+    assert (source.commit, source.clean) == ("0123456789" * 4, True)
+    monkeypatch.setenv("HUNYUAN_FAST_COMMIT", "main")
+    with pytest.raises(ValueError, match="40 hexadecimal digits, got 'main'"):
+        machine.describe_source("vae", "")

@@ -172,6 +172,7 @@ def test_compiled_blocks_take_the_place_of_the_plain_ones(pair, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 def test_a_gpu_compares_them_too():
     pytest.importorskip("diffusers")
     device = torch.device("cuda")

@@ -321,6 +321,7 @@ def test_a_residual_on_a_gpu(past, generator):
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 @hopper
 def test_past_two_to_the_31_on_a_gpu(generator):
     """A map of more than 2^31 elements equals its parts; frames see each other not at all."""

@@ -117,6 +117,7 @@ def test_places_of_small_maps(name, case):
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", LARGE)
 @pytest.mark.parametrize("name", ["library_impl", "triton_impl"])

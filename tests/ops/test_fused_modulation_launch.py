@@ -280,6 +280,7 @@ def test_on_a_gpu(name, function, num_vectors, shape, dtype, generator):
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 @each_call
 def test_past_two_to_the_31_on_a_gpu(name, function, num_vectors, generator):
     length = gpu.rows_past_two_to_the_31(3072)

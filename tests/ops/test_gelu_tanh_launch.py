@@ -171,6 +171,7 @@ def test_on_a_gpu(name, shape, dtype, generator):
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 @pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
 def test_past_two_to_the_31_on_a_gpu(name):
     """One long row, and the rows of a view of the single block's first linear layer."""

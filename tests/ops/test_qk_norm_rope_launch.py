@@ -192,6 +192,7 @@ def test_on_a_gpu(name, streams, head_dim, dtype, generator):
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 @pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
 def test_past_two_to_the_31_on_a_gpu(name):
     """The columns of the single block's projection at full length, as the model has them."""

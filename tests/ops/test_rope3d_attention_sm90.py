@@ -404,6 +404,7 @@ def test_on_a_gpu(case, head_dim, key_tile, cluster, dtype, impl, generator):
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 @on_a_hopper
 def test_past_two_to_the_31_on_a_gpu():
     """Long samples of more than 2^31 elements in all: the same as their parts alone."""
