@@ -68,6 +68,7 @@ def samples_of(each: Case, count: int, tensors: list[Tensor], which: slice) -> l
     return [t[which] if len(t) == count else t for t in tensors]
 
 
+@pytest.mark.whole_gpu
 @each_own
 def test_samples_past_two_to_the_31_apart(name, case, device):
     """Views with enormous strides: small calls that only 64-bit addresses can serve."""
@@ -84,6 +85,7 @@ def test_samples_past_two_to_the_31_apart(name, case, device):
     assert_close(each.run(name, far, fixed), expected)
 
 
+@pytest.mark.whole_gpu
 @each_own
 def test_tensors_past_two_to_the_31(name, case, device):
     """Of many samples the first and the last are what they are alone, and so are their gradients.
