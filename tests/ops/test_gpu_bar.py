@@ -93,6 +93,8 @@ def test_tensors_past_two_to_the_31(name, case, device):
     Gradients of what samples share are sums over all of them, and are not compared.
     """
     each, length = CASES[case], gpu.size(1024, LENGTH)
+    if (name, each.op) == ("cuda_impl", "causal_conv3d"):  # whose gradients are the library's
+        each = each._replace(trained=False)
     of_samples = max(torch.Size(shape).numel() for shape in each.shapes(1, length)) * each.grows
     count = gpu.rows_past_two_to_the_31(of_samples)
     tensors, fixed = each.draw(device, count, length), each.fixed(count, length)
