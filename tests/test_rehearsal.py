@@ -12,7 +12,6 @@ from tests.kit.native import ROOT
 
 FEW = (
     "tests/test_pretended_device.py",
-    "tests/benchmarks/test_clock.py",
     "tests/models/test_dit.py",
     "tests/ops/test_gpu_bar.py::test_in_a_cuda_graph[triton_impl-gelu]",
     "tests/ops/test_gpu_bar.py::test_every_op_is_held_to_it",

@@ -119,6 +119,12 @@ def test_a_peer_that_is_not_here_says_why():
     assert m.declined["liger"] == "liger_kernel is not installed"
 
 
+def test_a_peer_that_fails_before_it_is_called_is_left_out_too():
+    m = measure(OP, small(Peer("broken", fail), peer("eager")), FORWARD, setting())
+    assert m.declined["broken"].startswith(("RuntimeError: ", "TypeError: "))
+    assert m.best_peer == "eager"
+
+
 def test_a_peer_too_slow_to_repeat_is_left_out():
     clock = HostClock(cache_bytes=1, min_sample_seconds=0.0)
 

@@ -4,6 +4,8 @@ A step of the loop over taps takes the interpreter some milliseconds, and the gr
 has steps for every edge: its calls are a few pixels large.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -136,7 +138,8 @@ def test_activation_and_residual(past, generator):
 @each_dtype
 @pytest.mark.parametrize("cases", [FORWARD, BACKWARD, WHOLE], ids=["forward", "backward", "whole"])
 def test_on_a_gpu(cases, dtype, generator):
-    for options in gpu.size([*cases.values()], [*cases.values()][-1:]):
+    smallest = min(cases.values(), key=lambda options: math.prod(options["shape"]))
+    for options in gpu.size([*cases.values()], [smallest]):
         call = draw_call(generator, dtype=dtype, **options).map(torch.Tensor.cuda)
         results = run("triton_impl", call)
         assert_right(results, call)

@@ -7,7 +7,7 @@ from hunyuan_fast.dispatch import explain, implementations
 from hunyuan_fast.kernels.fp8_attention import config, reference
 from tests.kit import gpu
 from tests.kit.aot import Specialisation, compile_ahead
-from tests.ops.fp8_attention_cases import ROOM, draw_call, errors, run
+from tests.ops.fp8_attention_cases import DTYPES, ROOM, draw_call, errors, judge, run
 
 KERNELS = f"hunyuan_fast.kernels.{ROOM}.triton_kernels"
 # What a multiprocessor lends a program, in bytes.
@@ -151,6 +151,17 @@ def test_triton_kernels_compiled_ahead_are_lean(arch):
             if arch == 90:  # steps of 32 features and keys, each once: no copy of the loop
                 steps = asked.constants["BLOCK_D"] // 32 + asked.constants["KEYS"] // 32
                 assert report.tensor_core_instructions["QGMMA"] == steps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_on_a_gpu(head_dim, dtype, generator):
+    length = gpu.size(300, 70)
+    sizes = {"length": length, "lengths": (0, 1, length, length // 2), "head_dim": head_dim}
+    call = draw_call(generator, **sizes, dtype=dtype, outliers=4.0).map(lambda x: x.cuda())
+    judge("triton_impl", run("triton_impl", call), call)
+    gpu.assert_same_bits_at_every_run(lambda: [run("triton_impl", call)], gpu.FEW)
 
 
 @pytest.mark.gpu

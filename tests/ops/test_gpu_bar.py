@@ -68,6 +68,7 @@ def samples_of(each: Case, count: int, tensors: list[Tensor], which: slice) -> l
     return [t[which] if len(t) == count else t for t in tensors]
 
 
+@pytest.mark.whole_gpu
 @each_own
 def test_samples_past_two_to_the_31_apart(name, case, device):
     """Views with enormous strides: small calls that only 64-bit addresses can serve."""
@@ -84,6 +85,7 @@ def test_samples_past_two_to_the_31_apart(name, case, device):
     assert_close(each.run(name, far, fixed), expected)
 
 
+@pytest.mark.whole_gpu
 @each_own
 def test_tensors_past_two_to_the_31(name, case, device):
     """Of many samples the first and the last are what they are alone, and so are their gradients.
@@ -91,6 +93,8 @@ def test_tensors_past_two_to_the_31(name, case, device):
     Gradients of what samples share are sums over all of them, and are not compared.
     """
     each, length = CASES[case], gpu.size(1024, LENGTH)
+    if (name, each.op) == ("cuda_impl", "causal_conv3d"):  # whose gradients are the library's
+        each = each._replace(trained=False)
     of_samples = max(torch.Size(shape).numel() for shape in each.shapes(1, length)) * each.grows
     count = gpu.rows_past_two_to_the_31(of_samples)
     tensors, fixed = each.draw(device, count, length), each.fixed(count, length)

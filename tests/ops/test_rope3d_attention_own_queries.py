@@ -8,6 +8,7 @@ from hunyuan_fast.dispatch import explain, implementations, use
 from hunyuan_fast.kernels.rope3d_attention import reference
 from hunyuan_fast.kernels.rope3d_attention.shape_class import shape_class
 from hunyuan_fast.ops import SlidingTiles, attention
+from tests.kit import gpu
 from tests.kit.inputs import LAYOUTS, with_layout
 from tests.kit.memory import Fenced, poisoned_memory
 from tests.kit.numerics import assert_equal
@@ -59,6 +60,22 @@ def test_as_accurate_as_its_precision_allows(name, dtype, case, generator):
         results = run(name, inputs, lengths, scale, queries)
     assert [x.shape[1] for x in (results[0], *results[2:])] == [num_queries] * 2 + [num_keys] * 2
     judge(name, results, inputs, lengths or [num_keys] * len(queries), scale, queries)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", implementations(ROOM))
+def test_on_a_gpu(name, dtype, head_dim, generator):
+    for num_queries, num_keys, _, queries, lengths in gpu.size(CASES, CASES[1:2]):
+        shape = (len(queries), num_queries, num_keys, head_dim)
+        inputs = [x.cuda() for x in draw(queries, lengths, shape, generator, dtype)]
+        kv_len, q_len = (None if n is None else torch.tensor(n).cuda() for n in (lengths, queries))
+        given = *inputs[:3], kv_len, head_dim**-0.5, None, q_len
+        if reason := implementations(ROOM)[name].supports(*given):
+            pytest.skip(reason)
+        results = run(name, inputs, lengths, head_dim**-0.5, queries)
+        judge(name, results, inputs, lengths or [num_keys] * len(queries), given[4], queries)
 
 
 @each_answer(*SINGLE_AND_HALF)

@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
 def _small_shapes() -> None:
     """Every shape of the real models by a miniature of its own name."""
     from benchmarks import shapes
+    from benchmarks.kit.pairing import Rounds
+    from tests.kit.rehearsal.plugin import ROUNDS
 
     for name, value in vars(shapes).copy().items():
         if isinstance(value, shapes.Tokens):
@@ -43,6 +45,18 @@ def _small_shapes() -> None:
             continue
         setattr(shapes, name, small)
     shapes.HIDDEN_SIZE, shapes.NUM_HEADS = 256, 2
+
+    from benchmarks import bench_causal_conv3d as conv3d
+    from benchmarks import bench_vae as vae
+
+    vae._REAL, vae._GPU_PROBE = vae._QUICK, vae._QUICK_PROBE
+    conv3d.VAEConfig = lambda: vae._QUICK
+    conv3d._GPU_TRAINED = tuple(
+        replace(each, size=(2, 3, 4), channels=16, out_channels=16) for each in conv3d._GPU_TRAINED
+    )
+    for module in (vae, conv3d):
+        rounds = {name: ROUNDS for name, value in vars(module).items() if isinstance(value, Rounds)}
+        vars(module).update(rounds)
 
 
 if __name__ == "__main__":
