@@ -57,8 +57,8 @@ def attention(
 
     Returns (B, L, N, D), or that and the log-sum-exp.
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and ValueError for
-    lengths outside [0, L] (lengths on a GPU are not looked at: the host would have to wait) and
-    for a pattern beside ``q_len``.
+    lengths outside [0, L] (lengths on a GPU are not looked at: the host would have to wait), for
+    an ``out`` over q, k or v, and for a pattern beside ``q_len``.
     """
     if pattern is not None:
         if q_len is not None:
