@@ -5,10 +5,10 @@ Formula and contract: ``hunyuan_fast.kernels.frame_causal_attention``.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hunyuan_fast.dispatch import select
+from hunyuan_fast.ops.attention_results import fake_backward, fake_forward
 from hunyuan_fast.ops.operator import define, refuse_second_derivative
 
 _ROOM = "frame_causal_attention"
@@ -49,12 +49,6 @@ def _forward_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     return select(_ROOM, *args).forward(*args)
 
 
-def _fake_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    batch, queries, num_heads, _ = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((batch, num_heads, queries), dtype=dtype)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *ctx.numbers = inputs
     out, lse = output
@@ -75,26 +69,20 @@ def _backward_kernel(
     return select(_ROOM, *args).backward(dout, out, lse, *args)
 
 
-def _fake_backward(
-    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, SymInt tokens_per_frame, float scale, SymInt? query_tokens=None"
 )
 _forward = define(
     f"{_ROOM}({_ARGUMENTS}) -> (Tensor, Tensor)",
     _forward_kernel,
-    _fake_forward,
+    fake_forward,
     save=_save,
     gradients=_gradients,
 )
 _backward = define(
     f"{_ROOM}_bwd(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _backward_kernel,
-    _fake_backward,
+    fake_backward,
     gradients=refuse_second_derivative(_ROOM),
 )
 

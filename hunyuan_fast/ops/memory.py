@@ -26,8 +26,17 @@ def apart(a: Tensor, b: Tensor) -> bool:
 
 def check_apart(out: Tensor, **others: Tensor | None) -> None:
     """Raise ValueError, with the names of both, where out may share memory with one of others."""
+    written = out.untyped_storage()
+    first = written.data_ptr()
+    stop = first + written.nbytes()
     for name, x in others.items():
-        if x is not None and not apart(out, x):
+        if x is None:
+            continue
+        read = x.untyped_storage()
+        start = read.data_ptr()
+        if start >= stop or start + read.nbytes() <= first:
+            continue  # as nearly always, and soon known
+        if not apart(out, x):
             raise ValueError(
                 f"out must share no memory with {name}, got views that overlap: addresses "
                 f"{out.data_ptr():#x} and {x.data_ptr():#x}, shapes {tuple(out.shape)} and "

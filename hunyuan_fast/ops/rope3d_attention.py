@@ -6,7 +6,6 @@ Formula and contract: ``hunyuan_fast.kernels.rope3d_attention``.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from hunyuan_fast.dispatch import select
@@ -17,6 +16,7 @@ from hunyuan_fast.ops.attention_checks import (
     check_out,
     check_tensors,
 )
+from hunyuan_fast.ops.attention_results import fake_backward, fake_forward, fake_out
 from hunyuan_fast.ops.memory import check_apart
 from hunyuan_fast.ops.operator import define, refuse_second_derivative
 
@@ -57,8 +57,8 @@ def attention(
 
     Returns (B, L, N, D), or that and the log-sum-exp.
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and ValueError for
-    lengths outside [0, L] (lengths on a GPU are not looked at: the host would have to wait) and
-    for a pattern beside ``q_len``.
+    lengths outside [0, L] (lengths on a GPU are not looked at: the host would have to wait), for
+    an ``out`` over q, k or v, and for a pattern beside ``q_len``.
     """
     if pattern is not None:
         if q_len is not None:
@@ -137,10 +137,6 @@ def _own_queries(*args: Any) -> tuple[Tensor, Tensor]:
     return select(_ROOM, *args).forward(*args)
 
 
-def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), _new_lse(q)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, kv_len, ctx.scale, *own = inputs
     out, lse = output
@@ -172,16 +168,6 @@ def _out_kernel(
     return _own_queries(q, k, v, kv_len, scale, out, q_len)[1]
 
 
-def _fake_out(q: Tensor, *_: Any) -> Tensor:
-    return _new_lse(q)
-
-
-def _new_lse(q: Tensor) -> Tensor:
-    batch, length, num_heads, _ = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((batch, num_heads, length), dtype=dtype)
-
-
 def _backward_kernel(
     dout: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,12 +180,6 @@ def _backward_kernel(
     return select(_ROOM, *args).backward(dout, out, lse, *args)
 
 
-def _fake_backward(
-    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? kv_len, float scale"
 _PLAIN = 5  # so many arguments
 # Last and with a default: a call without it is not longer than it has to be.
@@ -207,19 +187,19 @@ _OWN = "Tensor? q_len=None"
 _forward = define(
     f"attention({_ARGUMENTS}, {_OWN}) -> (Tensor, Tensor)",
     _forward_kernel,
-    _fake_forward,
+    fake_forward,
     save=_save,
     gradients=_gradients,
 )
 _forward_out = define(
-    f"attention_out({_ARGUMENTS}, Tensor(a!) out, {_OWN}) -> Tensor", _out_kernel, _fake_out
+    f"attention_out({_ARGUMENTS}, Tensor(a!) out, {_OWN}) -> Tensor", _out_kernel, fake_out
 )
 # What ring attention, which computes in parts, calls itself.
 attention_backward = define(
     f"attention_bwd(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}, {_OWN})"
     " -> (Tensor, Tensor, Tensor)",
     _backward_kernel,
-    _fake_backward,
+    fake_backward,
     gradients=refuse_second_derivative("attention"),
 )
 

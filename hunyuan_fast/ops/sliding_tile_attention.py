@@ -17,6 +17,7 @@ from hunyuan_fast.ops.attention_checks import (
     check_out,
     check_tensors,
 )
+from hunyuan_fast.ops.attention_results import fake_backward, fake_forward, fake_out
 from hunyuan_fast.ops.memory import check_apart
 from hunyuan_fast.ops.operator import define, refuse_second_derivative
 
@@ -122,10 +123,6 @@ def _forward_kernel(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return select(_ROOM, *args).forward(*args)
 
 
-def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), _new_lse(q)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, windows, *sizes, kv_len, scale = inputs
     out, lse = output
@@ -151,16 +148,6 @@ def _out_kernel(q: Tensor, *rest: Any) -> Tensor:
     return lse
 
 
-def _fake_out(q: Tensor, *_: Any) -> Tensor:
-    return _new_lse(q)
-
-
-def _new_lse(q: Tensor) -> Tensor:
-    batch, length, num_heads, _ = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((batch, num_heads, length), dtype=dtype)
-
-
 def _backward_kernel(
     dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,26 +155,20 @@ def _backward_kernel(
     return select(_ROOM, *args).backward(dout, out, lse, *args)
 
 
-def _fake_backward(
-    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 _SIZES = ", ".join(f"SymInt {name}_{axis}" for name in ("grid", "tile") for axis in "thw")
 _SCHEMA = f"Tensor q, Tensor k, Tensor v, Tensor windows, {_SIZES}, Tensor? kv_len, float scale"
 _forward = define(
     f"{_ROOM}({_SCHEMA}) -> (Tensor, Tensor)",
     _forward_kernel,
-    _fake_forward,
+    fake_forward,
     save=_save,
     gradients=_gradients,
 )
-_forward_out = define(f"{_ROOM}_out({_SCHEMA}, Tensor(a!) out) -> Tensor", _out_kernel, _fake_out)
+_forward_out = define(f"{_ROOM}_out({_SCHEMA}, Tensor(a!) out) -> Tensor", _out_kernel, fake_out)
 _backward = define(
     f"{_ROOM}_bwd(Tensor dout, Tensor out, Tensor lse, {_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _backward_kernel,
-    _fake_backward,
+    fake_backward,
     gradients=refuse_second_derivative(_ROOM),
 )
 

@@ -14,6 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from hunyuan_fast.kernels.sliding_tile_attention.reference import accumulate
 from hunyuan_fast.kernels.sliding_tile_attention.windows import Box, Sizes, boxes, tiles
 
 VERIFIED_ON = frozenset({"cpu"})
@@ -24,17 +25,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _Call = tuple[Tensor, Tensor]
 
 
-def supports(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    windows: Tensor,
-    grid: Sizes,
-    tile: Sizes,
-    kv_len: Tensor | None,
-    scale: float,
-    out: Tensor | None = None,
-) -> str | None:
+def supports(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
     """``None`` when torch's CPU kernel can be used, else the reason."""
     if q.device.type != "cpu":
         return f"torch's flash kernel for the CPU is used, got {q.device.type}"
@@ -96,7 +87,7 @@ def backward(
             of_keys = [_part(x, items, heads, valid) for x in (k, v)]
             log_sums = lse[items, heads, :valid]
             dquery = of_keys[0].new_empty(of_keys[0].shape)
-            sums = [x.new_zeros(x.shape, dtype=_accumulate(x.dtype)) for x in of_keys]
+            sums = [x.new_zeros(x.shape, dtype=accumulate(x.dtype)) for x in of_keys]
             for own, seen in _calls(grid, tile, window, valid):
                 douts, queries, outs = (_take(x, own) for x in of_queries)
                 keys, values = (_take(x, seen) for x in of_keys)
@@ -168,8 +159,4 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 def _sums_like(x: Tensor) -> Tensor:
     """Room for the log-sum-exp of x (B, L, N, D): (B, N, L)."""
-    return x.new_empty((x.shape[0], x.shape[2], x.shape[1]), dtype=_accumulate(x.dtype))
-
-
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return x.new_empty((x.shape[0], x.shape[2], x.shape[1]), dtype=accumulate(x.dtype))

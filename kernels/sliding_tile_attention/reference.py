@@ -21,17 +21,7 @@ def example(device: torch.device) -> Example:
     return q, k, v, windows, (4, 8, 8), (2, 2, 2), None, 128**-0.5
 
 
-def supports(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    windows: Tensor,
-    grid: Sizes,
-    tile: Sizes,
-    kv_len: Tensor | None,
-    scale: float,
-    out: Tensor | None = None,
-) -> str | None:
+def supports(q: Tensor, *_: object) -> str | None:
     """``None``: the reference answers every call that the op accepts."""
     return None
 
@@ -115,7 +105,8 @@ def _seen(
     return seen & valid[:, None, rows, None] & valid[:, None, None, :]
 
 
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
+def accumulate(dtype: torch.dtype) -> torch.dtype:
+    """What sums of this dtype are added up in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -134,7 +125,7 @@ def _valid_rows(q: Tensor, kv_len: Tensor | None) -> Tensor | None:
 
 def _heads_first(x: Tensor, valid: Tensor | None) -> Tensor:
     """x (B, L, N, D) as (B, N, L, D) in accumulation precision, with zeros in place of padding."""
-    x = x.to(_accumulate(x.dtype))
+    x = x.to(accumulate(x.dtype))
     if valid is not None:
         # Selected, not multiplied: padding may hold NaN.
         x = torch.where(valid[:, :, None, None], x, 0.0)

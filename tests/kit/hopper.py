@@ -167,6 +167,19 @@ class _Guarded:
         self._tensor.copy_(self._view)
 
 
+def one_kernel(folder: Path, header: str, every: str, one: str) -> Path:
+    """A copy of all sources in which a header makes one kernel in place of all: soon compiled.
+
+    every: the beginning of what makes them all, to the end of its function; one: what is there then
+    """
+    headers = shutil.copytree(ROOT / "csrc", folder / "csrc")
+    text = (headers / header).read_text()
+    assert text.count(every) == 1, f"{every} stands {text.count(every)} times in {header}"
+    first = text.index(every)
+    (headers / header).write_text(text[:first] + one + text[text.index("}\n", first) :])
+    return headers
+
+
 def _protect(page: int, access: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(_PAGE), access):

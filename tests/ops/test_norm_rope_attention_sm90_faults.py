@@ -1,6 +1,5 @@
 """A test of the tests: the emulated Hopper must notice what is wrong where queries are prepared."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from hunyuan_fast.kernels.qk_norm_rope import reference
 from tests.kit import hopper
 from tests.kit.emulation import plain_attention
-from tests.kit.native import ROOT
 from tests.ops.qk_norm_rope_cases import draw_call
 from tests.ops.test_norm_rope_attention_sm90 import RawEmulator
 
@@ -44,16 +42,6 @@ ONE_SHAPE = (
 pytestmark = pytest.mark.skipif(hopper.compiler() is None, reason="no C++ compiler")
 
 
-def copy_headers(folder: Path) -> Path:
-    """With one kernel only: that is compiled soon."""
-    headers = shutil.copytree(ROOT / "csrc", folder / "csrc")
-    forward = headers / FORWARD
-    text = forward.read_text()
-    first = text.index(EVERY_SHAPE)
-    forward.write_text(text[:first] + ONE_SHAPE + text[text.index("}\n", first) :])
-    return headers
-
-
 def is_alarmed(headers: Path, generator: torch.Generator) -> bool:
     """Whether one of a few calls stops, or is far from the truth."""
     emulator = RawEmulator(headers)
@@ -81,13 +69,13 @@ def is_alarmed(headers: Path, generator: torch.Generator) -> bool:
 
 
 def test_the_kernel_as_it_is_raises_no_alarm(tmp_path, generator):
-    assert not is_alarmed(copy_headers(tmp_path), generator)
+    assert not is_alarmed(hopper.one_kernel(tmp_path, FORWARD, EVERY_SHAPE, ONE_SHAPE), generator)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_caught(fault, tmp_path, generator):
     file, right, wrong = FAULTS[fault]
-    headers = copy_headers(tmp_path)
+    headers = hopper.one_kernel(tmp_path, FORWARD, EVERY_SHAPE, ONE_SHAPE)
     text = (headers / file).read_text()
     assert text.count(right) == 1
     (headers / file).write_text(text.replace(right, wrong))

@@ -1,13 +1,11 @@
 """A test of the tests: the emulated Hopper must notice what is wrong in attention's gradients."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.kit import hopper
-from tests.kit.native import ROOT
 from tests.ops.test_rope3d_attention_sm90_backward import Call, Emulator
 
 ROOM = "rope3d_attention"
@@ -15,7 +13,7 @@ KERNEL, LAYOUT = f"{ROOM}/sm90_backward.cuh", f"{ROOM}/sm90_backward.h"
 MOVERS = f"{ROOM}/sm90_backward_movers.cuh"
 EDGES = f"{ROOM}/sm90_backward_edges.cuh"
 EVERY_SHAPE = "p.D == 64 ? run_backward_of<T, 64>(p, stream) : run_backward_of<T, 128>(p, stream);"
-ONE_SHAPE = "run_backward_of<__nv_bfloat16, 128>(p, stream);"
+ONE_SHAPE = "run_backward_of<__nv_bfloat16, 128>(p, stream);\n"
 # name: file, what stands there, what stands there instead
 FAULTS = {
     "padding is read": (MOVERS, "if (first + rows > valid) {", "if (false) {"),
@@ -99,16 +97,6 @@ FAULTS = {
 pytestmark = pytest.mark.skipif(hopper.compiler() is None, reason="no C++ compiler")
 
 
-def copy_headers(folder: Path) -> Path:
-    """With one shape of kernel only: that is compiled soon."""
-    headers = shutil.copytree(ROOT / "csrc", folder / "csrc")
-    kernel = headers / KERNEL
-    text = kernel.read_text()
-    assert text.count(EVERY_SHAPE) == 1
-    kernel.write_text(text.replace(EVERY_SHAPE, ONE_SHAPE))
-    return headers
-
-
 def is_alarmed(headers: Path, generator: torch.Generator) -> bool:
     """Whether one of a few calls stops, or is far from the truth."""
     emulator = Emulator(headers)
@@ -137,13 +125,13 @@ def is_alarmed(headers: Path, generator: torch.Generator) -> bool:
 
 
 def test_the_kernel_as_it_is_raises_no_alarm(tmp_path, generator):
-    assert not is_alarmed(copy_headers(tmp_path), generator)
+    assert not is_alarmed(hopper.one_kernel(tmp_path, KERNEL, EVERY_SHAPE, ONE_SHAPE), generator)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_caught(fault, tmp_path, generator):
     file, right, wrong = FAULTS[fault]
-    headers = copy_headers(tmp_path)
+    headers = hopper.one_kernel(tmp_path, KERNEL, EVERY_SHAPE, ONE_SHAPE)
     text = (headers / file).read_text()
     assert text.count(right) == 1
     (headers / file).write_text(text.replace(right, wrong))

@@ -1,6 +1,5 @@
 """A test of the tests: the emulated Hopper must notice what is wrong in the attention kernel."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 
 from tests.kit import hopper
 from tests.kit.emulation import plain_attention
-from tests.kit.native import ROOT
 from tests.ops.test_rope3d_attention_sm90 import Emulator, draw
 
 ROOM = "rope3d_attention"
@@ -75,16 +73,6 @@ EVERY_SHAPE, ONE_SHAPE = "    bool const wide", "    run_tile<T, 128, 128>(p, st
 pytestmark = pytest.mark.skipif(hopper.compiler() is None, reason="no C++ compiler")
 
 
-def copy_headers(folder: Path) -> Path:
-    """With one shape of kernel only: that is compiled soon."""
-    headers = shutil.copytree(ROOT / "csrc", folder / "csrc")
-    forward = headers / FORWARD
-    text = forward.read_text()
-    first = text.index(EVERY_SHAPE)
-    forward.write_text(text[:first] + ONE_SHAPE + text[text.index("}\n", first) :])
-    return headers
-
-
 def is_alarmed(headers: Path, generator: torch.Generator) -> bool:
     """Whether one of a few calls stops, or is far from the truth."""
     emulator = Emulator(headers)
@@ -108,13 +96,13 @@ def is_alarmed(headers: Path, generator: torch.Generator) -> bool:
 
 
 def test_the_kernel_as_it_is_raises_no_alarm(tmp_path, generator):
-    assert not is_alarmed(copy_headers(tmp_path), generator)
+    assert not is_alarmed(hopper.one_kernel(tmp_path, FORWARD, EVERY_SHAPE, ONE_SHAPE), generator)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_caught(fault, tmp_path, generator):
     file, right, wrong = FAULTS[fault]
-    headers = copy_headers(tmp_path)
+    headers = hopper.one_kernel(tmp_path, FORWARD, EVERY_SHAPE, ONE_SHAPE)
     text = (headers / file).read_text()
     assert text.count(right) == 1
     (headers / file).write_text(text.replace(right, wrong))
