@@ -122,12 +122,14 @@ def read_video(
     return torch.from_numpy(np.stack(frames)), info.fps
 
 
+# FFmpeg's bicubic, accurate rounding, full chroma; PyAV 17, the last for Python 3.10, names only
+# the first of them.
+_INTERPOLATION = 0x4 | 0x40000 | 0x2000
+
+
 def _rgb_array(frame: Any) -> np.ndarray:
     """One frame ``(H, W, 3)`` uint8; chroma is interpolated, as repeating it costs up to 3 dB."""
-    from av.video.reformatter import Interpolation
-
-    flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-    return frame.to_ndarray(format="rgb24", interpolation=flags)
+    return frame.to_ndarray(format="rgb24", interpolation=_INTERPOLATION)
 
 
 def _check_budget(path: str | os.PathLike[str], pixels: int, max_pixels: int) -> None:

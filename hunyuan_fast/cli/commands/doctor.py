@@ -8,7 +8,7 @@ from importlib import import_module, metadata
 
 from hunyuan_fast.cli.parsing import parse
 
-_PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "av", "pillow", "diffusers")
+_PACKAGES = ("triton", "transformers", "safetensors", "numpy", "av", "pillow", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,15 @@ class Options:
 def run(argv: Sequence[str]) -> None:
     """Print the three parts of the diagnosis."""
     parse(Options, argv, "doctor", __doc__)
+    import torch
+
     import hunyuan_fast
 
     facts = [
         ("hunyuan-fast", hunyuan_fast.__version__),
         ("python", f"{platform.python_version()} ({sys.executable})"),
         ("system", f"{platform.system()} {platform.machine()}"),
+        ("torch", torch.__version__),  # a wheel's own number may lack what it was built for
         *((name, _version(name)) for name in _PACKAGES),
         ("native code", _native()),
         *_gpus(),
