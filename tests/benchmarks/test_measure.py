@@ -139,6 +139,23 @@ def test_a_peer_too_slow_to_repeat_is_left_out():
     assert m.declined["sleepy"].startswith("too slow: one call takes 5 s")
 
 
+def test_who_answers_is_left_out_as_well_when_far_behind_another_of_ours():
+    """On a GPU without verified kernels the reference answers, and may take minutes."""
+    clock = HostClock(cache_bytes=1, min_sample_seconds=0.0)
+
+    def plain(x, shift, scale):
+        offset[0] += 5.0
+        return eager(x, shift, scale)
+
+    offset, real = [0.0], clock.now
+    clock.now = lambda: real() + offset[0]
+    case = own(Entrant("plain", lambda: plain), Entrant("kernel", lambda: eager))
+    rounds = Rounds(budget=4.0, least=2, most=2)
+    m = measure("whole", case, FORWARD, replace(setting(clock), rounds=rounds))
+    assert m.declined["plain"].startswith("too slow: one call takes 5 s")
+    assert [(t.name, t.answers) for t in m.timings if t.kind == OURS] == [("kernel", False)]
+
+
 def test_an_implementation_of_ours_that_is_wrong_stops_the_measurement():
     case = small()
     calls = iter(range(100))
