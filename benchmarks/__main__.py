@@ -9,6 +9,7 @@ python -m benchmarks --summary          render docs/performance.md, and the tabl
                                         docs/gpu-notes.md, from the committed results
 python -m benchmarks --commit-ranking   put what "hunyuan-fast bench attention --tune" measured here
                                         into kernels/*/ranking.json and VERIFIED_ON
+python -m benchmarks --commit-verified  put into VERIFIED_ON what the results at hand have shown
 """
 
 import argparse
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(sys.argv[1:] if argv is None else argv)
     if options.commit_ranking:
         return _commit_ranking()
+    if options.commit_verified:
+        return _commit_verified()
     # What answers without asking is said of the committed ranking, and not of the user's own.
     os.environ["HUNYUAN_FAST_CACHE"] = os.devnull
     if options.summary:
@@ -80,6 +83,11 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         "--commit-ranking", action="store_true", help="write what was tuned here into the rooms"
     )
     parser.add_argument(
+        "--commit-verified",
+        action="store_true",
+        help="let kernels answer where results, with their tests behind them, say they may",
+    )
+    parser.add_argument(
         "--skip-test",
         action="store_true",
         help="do not run the tests first; for work on a benchmark, the figures are no evidence",
@@ -124,6 +132,21 @@ def _commit_ranking() -> int:
     except (NotCommitted, RecordError, ranking.RankingError) as error:
         _CONSOLE.print(f"[red]{error}[/]")
         return 1
+    return 0
+
+
+def _commit_verified() -> int:
+    from benchmarks.kit import verified
+    from benchmarks.kit.discover import RESULTS
+    from benchmarks.kit.record import RecordError, load
+
+    try:
+        results = [load(path) for path in sorted(RESULTS.glob("*/*.json"))]
+    except RecordError as error:
+        _CONSOLE.print(f"[red]{error}[/]")
+        return 1
+    for line in verified.commit(results) or ["nothing to change"]:
+        _CONSOLE.print(line, markup=False, soft_wrap=True)
     return 0
 
 

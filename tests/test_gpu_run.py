@@ -144,10 +144,10 @@ def test_everything_in_order(checkout: Checkout) -> None:
     assert order == [
         *("test gelu_tanh", "test causal_conv3d", "test causal_conv3d cuda", "test wholes"),
         *("bench causal_conv3d", "bench gelu_tanh", "bench vae"),
-        *("tune attention", "tune ranking", "tune summary"),
+        *("tune attention", "tune ranking", "tune verified", "tune summary"),
     ]
     assert found["tune attention"] == found["tune ranking"] == "skipped"
-    assert {found[name] for name in order[:-3]} == {"green"}
+    assert {found[name] for name in order[:-4]} == {"green"}
     sanitized = [name.split()[0] for name in found if name.endswith(" causal_conv3d")]
     assert sanitized[1:-1] == ["cases", "memcheck", "racecheck", "synccheck", "initcheck"]
     tests = [line for line in checkout.calls() if line.startswith("pytest")]

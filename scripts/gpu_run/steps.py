@@ -283,6 +283,11 @@ def _tune(root: Path, machine: Machine) -> list[Step]:
             after=("tune attention",),
         ),
         tune(
+            name="tune verified",
+            room=None,
+            commands=((*python, "benchmarks", "--commit-verified"),),
+        ),
+        tune(
             name="tune summary",
             commands=((*python, "benchmarks", "--summary"),),
             absent="" if (root / ".git").exists() else "pages show what git says is committed",
